@@ -1,0 +1,7 @@
+"""``python -m sae_lens_matryoshka`` is the command ``sae-lens-matryoshka``."""
+
+import sys
+
+from sae_lens_matryoshka.cli import main
+
+sys.exit(main())

@@ -1,0 +1,137 @@
+"""Setting the inference threshold of an SAE so that it fires the number of latents it was trained to fire.
+
+BatchTopK chooses latents by comparing a whole batch; for inference SAELens saves one threshold in its place. Here that
+threshold is measured: on n samples, the right one lies just below the (target_l0 * n)-th largest pre-activation.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from sae_lens import BatchTopKTrainingSAE, JumpReLUSAE
+from torch import Tensor
+from tqdm.auto import tqdm
+
+
+@dataclass(frozen=True)
+class ThresholdCalibration:
+    """What :func:`calibrate_threshold` did."""
+
+    shift: float
+    """What was added to every threshold, in units of the pre-activations."""
+
+    l0_before: float
+    """Mean number of latents a sample that fired before, on the calibration samples."""
+
+    l0_after: float
+    """The same after the shift."""
+
+    n_samples: int
+    """How many samples were used."""
+
+
+@torch.no_grad()
+def calibrate_threshold(
+    sae: BatchTopKTrainingSAE | JumpReLUSAE,
+    activations: Iterable[Float[Tensor, "batch d_in"]],
+    n_samples: int = 100_000,
+    target_l0: float | None = None,
+) -> ThresholdCalibration:
+    """Shift the threshold of an SAE, in place, so that ``target_l0`` latents fire on average a sample.
+
+    The shift is exact on the samples given: not an estimate from batches, but the order statistic of all
+    pre-activations. A training SAE has one running threshold, which is set; an inference SAE has one threshold a
+    latent, and all of them move by the same amount, so learned differences between latents stay.
+
+    Args:
+        sae: A BatchTopK training SAE (ours or SAELens's) or a JumpReLU SAE (``MatryoshkaSAE`` is one).
+        activations: Batches of shape (batch, d_in) as the SAE takes them, that is scaled where training scales them.
+            Only as many are drawn as are needed.
+        n_samples: How many samples to use. Fewer are used if ``activations`` ends early.
+        target_l0: Mean number of latents to fire a sample; None takes the ``k`` the SAE was trained with.
+
+    Raises:
+        ValueError: If ``target_l0`` is not given and not recorded, is not in (0, d_sae], if ``n_samples`` is not
+            positive, or if there are no activations or any that are not finite.
+    """
+    target_l0 = _target_l0(sae, target_l0)
+    if n_samples < 1:
+        raise ValueError(f"n_samples={n_samples} must be positive.")
+    # one more than may fire: the threshold lies above the largest value that must not
+    largest = _LargestValues(max(1, round(target_l0 * n_samples)) + 1)
+    n_seen = n_fired = 0
+    with tqdm(total=n_samples, desc="Calibrating threshold", leave=False) as progress:
+        for batch in activations:
+            hidden_pre = _hidden_pre(sae, batch.to(sae.device)).reshape(-1, sae.cfg.d_sae)[: n_samples - n_seen]
+            if not hidden_pre.isfinite().all():
+                raise ValueError(f"The activations after sample {n_seen} give pre-activations that are not finite.")
+            threshold = sae.topk_threshold if isinstance(sae, BatchTopKTrainingSAE) else sae.threshold
+            margins = (hidden_pre.float() - threshold.float())[hidden_pre > 0]
+            n_seen += hidden_pre.shape[0]
+            n_fired += int((margins > 0).sum())
+            largest.add(margins)
+            progress.update(hidden_pre.shape[0])
+            if n_seen >= n_samples:
+                break
+    if n_seen == 0:
+        raise ValueError("There are no activations to calibrate the threshold on.")
+
+    n_to_fire = max(1, round(target_l0 * n_seen))
+    values = largest.descending()
+    if len(values) > n_to_fire:
+        # halfway between the last that fires and the first that does not: rounding then moves neither
+        shift = values[n_to_fire - 1 : n_to_fire + 1].double().mean().item()
+        n_firing = int((values > shift).sum())
+    else:  # even with every positive pre-activation firing there are too few
+        threshold = sae.topk_threshold if isinstance(sae, BatchTopKTrainingSAE) else sae.threshold
+        shift = -threshold.max().item()
+        n_firing = len(values)
+    if isinstance(sae, BatchTopKTrainingSAE):
+        sae.topk_threshold += shift
+    else:
+        sae.threshold.data += shift
+    return ThresholdCalibration(shift, n_fired / n_seen, n_firing / n_seen, n_seen)
+
+
+class _LargestValues:
+    """The n largest values of a stream, exactly, in the memory of 2n values and one batch."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.values: Tensor | None = None
+        self.smallest_kept = -torch.inf
+
+    def add(self, values: Float[Tensor, " any"]) -> None:
+        values = values[values > self.smallest_kept]
+        self.values = values if self.values is None else torch.cat([self.values, values])
+        if self.values.numel() > 2 * self.n:
+            self.values = self.values.topk(self.n).values
+            self.smallest_kept = self.values[-1].item()
+
+    def descending(self) -> Float[Tensor, " at_most_n"]:
+        values = torch.empty(0) if self.values is None else self.values
+        return values.sort(descending=True).values[: self.n]
+
+
+def _hidden_pre(
+    sae: BatchTopKTrainingSAE | JumpReLUSAE, x: Float[Tensor, "batch d_in"]
+) -> Float[Tensor, "batch d_sae"]:
+    """The values that are compared with the threshold."""
+    hidden_pre = sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
+    if isinstance(sae, BatchTopKTrainingSAE) and sae.cfg.rescale_acts_by_decoder_norm:
+        hidden_pre = hidden_pre * sae.W_dec.norm(dim=-1)
+    return hidden_pre
+
+
+def _target_l0(sae: BatchTopKTrainingSAE | JumpReLUSAE, target_l0: float | None) -> float:
+    if target_l0 is None:
+        if isinstance(sae, BatchTopKTrainingSAE):
+            target_l0 = sae.cfg.k
+        else:
+            target_l0 = (sae.cfg.metadata.training_architecture_details or {}).get("k")
+    if target_l0 is None:
+        raise ValueError("This SAE does not record the k it was trained with; pass target_l0.")
+    if not 0 < target_l0 <= sae.cfg.d_sae:
+        raise ValueError(f"target_l0={target_l0} must be above 0 and at most d_sae={sae.cfg.d_sae}.")
+    return target_l0

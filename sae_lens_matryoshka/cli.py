@@ -1,0 +1,188 @@
+"""The command ``sae-lens-matryoshka``: parses, calls the library, prints."""
+
+import argparse
+import runpy
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
+
+from sae_lens_matryoshka.config_files import read_run_file
+from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.runner import train
+from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 1 or 2 the user can mend it, 130 interrupted.
+
+    Args:
+        arguments: The arguments after the program's name; None takes those of the process.
+    """
+    options, saelens_arguments = _parse(sys.argv[1:] if arguments is None else list(arguments))
+    try:
+        if options.command == "train":
+            _train(options)
+        elif options.command == "inspect":
+            _inspect(options)
+        else:
+            _run_saelens(saelens_arguments)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    except (UserError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(prog="sae-lens-matryoshka", description="Matryoshka SAEs for SAELens.")
+    parser.add_argument("--version", action="version", version=version("sae-lens-matryoshka"))
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser("train", help="train what a run file asks for with SAELens's runners")
+    train.add_argument(
+        "config",
+        nargs="?",
+        default="synthetic",
+        help="a YAML file, or the name of an embedded one (default: synthetic)",
+    )
+    train.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="KEY.SUB=VALUE",
+        help="change a field, repeatable",
+    )
+    train.add_argument("--output", metavar="DIR", help="folder to write (default: the run file's output_path)")
+    train.add_argument("--resume", metavar="auto|PATH", help="continue from a checkpoint; auto takes the newest")
+    train.add_argument("--force", action="store_true", help="replace a non-empty output folder")
+    train.add_argument(
+        "--calibration-samples", type=int, default=100_000, metavar="N",
+        help="fresh activations to calibrate the threshold on; 0 keeps the running one (default: 100000)",
+    )  # fmt: skip
+    train.add_argument(
+        "--measure-samples", type=int, default=100_000, metavar="N",
+        help="fresh activations to measure the levels on (default: 100000)",
+    )  # fmt: skip
+
+    inspect = commands.add_parser("inspect", help="show the levels of a saved or published SAE")
+    inspect.add_argument("sae", metavar="PATH_OR_REPO", help="a folder, a Hub repository or a SAELens release")
+    inspect.add_argument("--id", help="the SAE's id in the repository or release")
+    inspect.add_argument("--widths", help="level widths, where they are not recorded, as 2048,6144,...")
+
+    commands.add_parser(
+        "saelens", add_help=False, help="SAELens's own training command, with the architecture 'matryoshka' registered"
+    )
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "saelens":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options, rest
+
+
+def _train(options: argparse.Namespace) -> None:
+    result = train(
+        read_run_file(options.config, options.settings),
+        output=options.output,
+        resume=options.resume,
+        force=options.force,
+        calibration_samples=options.calibration_samples,
+        measure_samples=options.measure_samples,
+    )
+    console = Console()
+    for sae in result.saes:
+        if sae.calibration is not None:
+            console.print(
+                f"{sae.name}: threshold moved by {sae.calibration.shift:+.4g}, mean L0 "
+                f"{sae.calibration.l0_before:.2f} -> {sae.calibration.l0_after:.2f}"
+            )
+        if sae.levels:
+            table = Table("level", "width", "L0", "FVU", "dead", title=f"{sae.name}: levels of the saved SAE")
+            for level in sae.levels:
+                table.add_row(
+                    str(level.level), str(level.width), f"{level.l0:.2f}", f"{level.fvu:.4f}",
+                    f"{level.dead} ({level.dead / level.width:.1%})",
+                )  # fmt: skip
+            console.print(table)
+    scored = {sae.name: sae.scores for sae in result.saes if sae.scores is not None}
+    if scored:
+        table = Table(
+            "SAE", "MCC", "F1", "parent recovery", "absorption", "explained variance", "L0", title="Synthetic model"
+        )
+        for name, scores in scored.items():
+            table.add_row(
+                name, f"{scores.mcc:.3f}", f"{scores.f1:.3f}", f"{scores.parent_recovery:.3f}",
+                f"{scores.absorption:.3f}", f"{scores.explained_variance:.3f}", f"{scores.l0:.2f}",
+            )  # fmt: skip
+        console.print(table)
+    console.print(f"Saved to {result.output}", soft_wrap=True)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    widths = None if options.widths is None else _parse_widths(options.widths)
+    if options.id is None and not (Path(options.sae) / "cfg.json").is_file():
+        raise UserError(
+            f"There is no saved SAE at {options.sae} (no cfg.json); for a Hub repository or release add --id."
+        )
+    try:
+        if options.id is None:
+            sae = MatryoshkaSAE.load_from_disk(options.sae, widths=widths)
+        else:
+            sae = MatryoshkaSAE.from_pretrained(options.sae, options.id, widths=widths)
+    except (ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise UserError(f"{options.sae} cannot be shown: {error}") from error
+
+    console = Console()
+    metadata = sae.cfg.metadata
+    table = Table(
+        "level", "width", "new latents", "threshold (min / median / max)", "parameters", title=str(options.sae)
+    )
+    narrower = 0
+    for level, width in enumerate(sae.widths):
+        threshold = sae.threshold[narrower:width].detach().float()
+        table.add_row(
+            str(level), str(width), str(width - narrower),
+            f"{threshold.min():.4g} / {threshold.median():.4g} / {threshold.max():.4g}",
+            f"{2 * width * (sae.cfg.d_in + 1) + sae.cfg.d_in:,}",
+        )  # fmt: skip
+        narrower = width
+    console.print(table)
+    facts = {
+        "d_in": sae.cfg.d_in,
+        "dtype": sae.cfg.dtype,
+        "trained as": metadata.training_architecture,
+        "k": (metadata.training_architecture_details or {}).get("k"),
+        "model": metadata.model_name,
+        "hook": metadata.hook_name,
+        "data set": metadata.dataset_path,
+        "context size": metadata.context_size,
+        "SAELens version": metadata.sae_lens_training_version,
+    }
+    for name, value in facts.items():
+        if value is not None:
+            console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
+
+
+def _parse_widths(text: str) -> list[int]:
+    try:
+        return [int(width) for width in text.split(",")]
+    except ValueError:
+        raise UserError(f"--widths {text!r} must be whole numbers separated by commas, as 2048,6144,65536.") from None
+
+
+def _run_saelens(arguments: list[str]) -> None:
+    """SAELens's command takes its architectures from the registry, where importing this package has put ours."""
+    warnings.filterwarnings("ignore", message=".*found in sys.modules", category=RuntimeWarning)  # runpy's, harmless
+    sys.argv = ["sae-lens-matryoshka saelens", *arguments]
+    runpy.run_module("sae_lens.llm_sae_training_runner", run_name="__main__")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

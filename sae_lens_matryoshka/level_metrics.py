@@ -1,0 +1,79 @@
+"""How well each level of a Matryoshka SAE does on given activations: L0, variance unexplained, dead latents."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from sae_lens.evals import ExplainedVarianceCalculator
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
+
+
+@dataclass(frozen=True)
+class LevelMetrics:
+    """Figures of one level."""
+
+    level: int
+    """Index of the level, 0 the smallest."""
+
+    width: int
+    """Number of latents of the level."""
+
+    l0: float
+    """Mean number of latents of the level that fire a sample."""
+
+    fvu: float
+    """Fraction of the activations' variance that the level leaves unexplained: 1 - explained variance."""
+
+    dead: int
+    """Number of latents of the level that never fired."""
+
+
+@torch.no_grad()
+def measure_levels(
+    sae: MatryoshkaSAE, activations: Iterable[Float[Tensor, "batch d_in"]], n_samples: int = 100_000
+) -> list[LevelMetrics]:
+    """Measure all levels of an SAE in one pass over the activations.
+
+    Explained variance is SAELens's, taken over all samples together (``ExplainedVarianceCalculator``).
+
+    Args:
+        sae: The SAE to measure.
+        activations: Batches of shape (batch, d_in); only as many are drawn as are needed.
+        n_samples: How many samples to use. Fewer are used if ``activations`` ends early.
+
+    Returns:
+        One entry a level, smallest level first.
+
+    Raises:
+        ValueError: If there are no activations.
+    """
+    explained_variance = [ExplainedVarianceCalculator() for _ in sae.widths]
+    n_firings = torch.zeros(sae.cfg.d_sae, dtype=torch.long, device=sae.device)
+    n_seen = 0
+    with tqdm(total=n_samples, desc="Measuring levels", leave=False) as progress:
+        for batch in activations:
+            x = batch[: n_samples - n_seen].to(sae.device)
+            feature_acts = sae.encode(x)
+            n_firings += (feature_acts != 0).sum(0)
+            for calculator, reconstruction in zip(explained_variance, sae.decode_levels(feature_acts), strict=True):
+                calculator.add_batch(reconstruction, x)
+            n_seen += x.shape[0]
+            progress.update(x.shape[0])
+            if n_seen >= n_samples:
+                break
+    if n_seen == 0:
+        raise ValueError("There are no activations to measure the levels on.")
+    return [
+        LevelMetrics(
+            level=level,
+            width=width,
+            l0=n_firings[:width].sum().item() / n_seen,
+            fvu=1 - explained_variance[level].compute(),
+            dead=int((n_firings[:width] == 0).sum()),
+        )
+        for level, width in enumerate(sae.widths)
+    ]

@@ -1,0 +1,312 @@
+"""Training from a run file: SAELens's own runners, then a calibrated threshold and a table of the levels.
+
+The data's way: run file -> SAELens's runner config -> SAELens's runner (model, activation store, trainer) ->
+calibration on fresh activations -> saved folder -> :class:`MatryoshkaSAE` read back from it -> figures a level.
+"""
+
+import csv
+import json
+import signal
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import (
+    SAE,
+    ActivationsStore,
+    BatchTopKTrainingSAE,
+    JumpReLUSAE,
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+    SAETrainer,
+    TrainingSAE,
+    logger,
+)
+from sae_lens.constants import RUNNER_CFG_FILENAME
+from sae_lens.synthetic import RUNNER_CONFIG_FILENAME, SyntheticModel, SyntheticSAERunner, SyntheticSAERunnerConfig
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from torch import Tensor
+from typing_extensions import override
+
+from sae_lens_matryoshka.calibration import ThresholdCalibration, calibrate_threshold
+from sae_lens_matryoshka.checkpoints import find_checkpoint
+from sae_lens_matryoshka.config_files import ConfigError, build_runner_configs
+from sae_lens_matryoshka.level_metrics import LevelMetrics, measure_levels
+from sae_lens_matryoshka.output_folders import check_output, staged_folder
+from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, recorded_widths
+from sae_lens_matryoshka.synthetic_benchmark import SyntheticScores, plot_scores, score_on_synthetic_model
+
+LEVELS_FILENAME = "levels.csv"
+SCORES_FILENAME = "scores.csv"
+SCORES_FIGURE_FILENAME = "scores.png"
+
+
+@dataclass(frozen=True)
+class TrainedSAE:
+    """One SAE that a run has trained and saved."""
+
+    name: str
+    """Its name in the run file; ``sae`` where there is only one."""
+
+    path: Path
+    """The folder it was saved to."""
+
+    calibration: ThresholdCalibration | None
+    """What the calibration changed; None for architectures that need none."""
+
+    levels: list[LevelMetrics]
+    """Figures of the saved SAE, a level each; empty for architectures without levels."""
+
+    scores: SyntheticScores | None = None
+    """How well the features of the synthetic model were found; None for language models."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What :func:`train` leaves behind."""
+
+    output: Path
+    """The folder that holds everything."""
+
+    saes: list[TrainedSAE] = field(default_factory=list)
+
+
+def train(
+    run: Mapping[str, Any],
+    output: str | Path | None = None,
+    resume: str | Path | None = None,
+    force: bool = False,
+    calibration_samples: int = 100_000,
+    measure_samples: int = 100_000,
+) -> TrainResult:
+    """Train what a run file asks for with SAELens's own runners.
+
+    The output folder appears when everything is done. It holds a saved SAE (a folder of SAEs where the run file names
+    several), ``levels.csv`` with the figures of every level, and for synthetic models the scores and their plot.
+
+    Args:
+        run: A run file's contents, see :func:`config_files.read_run_file`.
+        output: The folder to write; None takes the run's ``output_path``.
+        resume: A checkpoint folder, ``"auto"`` for the newest complete one under the run's ``checkpoint_path`` that
+            was made with the same SAE settings (none: start afresh), or None to start afresh.
+        force: Whether a non-empty output folder may be replaced.
+        calibration_samples: Fresh activations to calibrate thresholds on; 0 keeps the running threshold.
+        measure_samples: Fresh activations to measure the levels on.
+
+    Raises:
+        ConfigError: If the run file cannot be used, or names a model or data set that cannot be loaded.
+        FileExistsError: If the output folder is not empty and ``force`` is not set.
+    """
+    run = dict(run)
+    output_path = Path(output if output is not None else run.get("output_path") or "output")
+    check_output(output_path, force)
+    if resume is not None:
+        run["resume_from_checkpoint"] = find_checkpoint(run, resume)
+    configs = build_runner_configs(run)
+    with staged_folder(output_path, force) as staging:
+        if isinstance(configs, dict):
+            saes = _train_on_synthetic_model(configs, staging, calibration_samples, measure_samples)
+        elif isinstance(configs, MultiSAETrainingRunnerConfig):
+            saes = _train_several(configs, staging, calibration_samples, measure_samples)
+        else:
+            saes = [_train_one(configs, staging, calibration_samples, measure_samples)]
+        _record_output_path(staging, output_path)
+    return TrainResult(output_path, [replace(sae, path=output_path / sae.path.relative_to(staging)) for sae in saes])
+
+
+class CalibratingLanguageModelRunner(LanguageModelSAETrainingRunner):
+    """SAELens's runner, which calibrates the threshold after training and saves a checkpoint when interrupted."""
+
+    calibration: ThresholdCalibration | None = None
+
+    def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], calibration_samples: int) -> None:
+        super().__init__(cfg)
+        self.calibration_samples = calibration_samples
+
+    @override
+    def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> TrainingSAE[Any]:
+        with _checkpoint_when_interrupted(trainer):
+            sae = trainer.fit()
+        self.calibration = _calibrate(sae, trainer.data_provider, self.calibration_samples)
+        return sae
+
+
+class CalibratingMultiSAERunner(MultiSAETrainingRunner):
+    """SAELens's runner for several SAEs, with calibration and checkpoints when interrupted as for one."""
+
+    def __init__(self, cfg: MultiSAETrainingRunnerConfig, calibration_samples: int) -> None:
+        super().__init__(cfg)
+        self.calibration_samples = calibration_samples
+        self.calibrations: dict[str, ThresholdCalibration | None] = {}
+
+    @override
+    def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> dict[str, TrainingSAE[Any]]:
+        with _checkpoint_when_interrupted(trainer):
+            saes = trainer.fit()
+        for name, sae in saes.items():
+            activations = (batch[trainer.hook_names[name]] for batch in trainer.data_provider)
+            self.calibrations[name] = _calibrate(sae, activations, self.calibration_samples)
+        return saes
+
+
+def _train_one(
+    cfg: LanguageModelSAERunnerConfig[Any], staging: Path, calibration_samples: int, measure_samples: int
+) -> TrainedSAE:
+    cfg.output_path = str(staging)
+    torch.manual_seed(cfg.seed)
+    with _loading_errors(cfg):
+        runner = CalibratingLanguageModelRunner(cfg, calibration_samples)
+    _check_d_in(runner.activations_store, {cfg.hook_name: cfg.sae.d_in})
+    runner.run()
+    levels = _measure_saved(staging, runner.activations_store, measure_samples, cfg.device)
+    return TrainedSAE("sae", staging, runner.calibration, levels)
+
+
+def _train_several(
+    cfg: MultiSAETrainingRunnerConfig, staging: Path, calibration_samples: int, measure_samples: int
+) -> list[TrainedSAE]:
+    cfg.output_path = str(staging)
+    torch.manual_seed(cfg.seed)
+    with _loading_errors(cfg):
+        runner = CalibratingMultiSAERunner(cfg, calibration_samples)
+    _check_d_in(runner.activations_store, {hook: cfg.saes[name].d_in for name, hook in cfg.hook_names_per_sae.items()})
+    runner.run()
+    trained: list[TrainedSAE] = []
+    for name, hook_name in cfg.hook_names_per_sae.items():
+        activations = (batch[hook_name] for batch in runner.activations_store.get_multi_hook_data_loader())
+        levels = _measure_saved(staging / name, activations, measure_samples, cfg.device)
+        trained.append(TrainedSAE(name, staging / name, runner.calibrations[name], levels))
+    return trained
+
+
+def _train_on_synthetic_model(
+    configs: dict[str, SyntheticSAERunnerConfig[Any]], staging: Path, calibration_samples: int, measure_samples: int
+) -> list[TrainedSAE]:
+    first = next(iter(configs.values()))
+    synthetic_model = SyntheticModel.load_from_source(first.synthetic_model, device=first.device)
+    trained: list[TrainedSAE] = []
+    for name, cfg in configs.items():
+        path = staging / name if len(configs) > 1 else staging
+        cfg.output_path = str(path)
+        # every SAE starts from the same seed and sees the same samples
+        torch.manual_seed(synthetic_model.cfg.seed or 0)
+        logger.info(f"Training {name} on the synthetic model")
+        sae = SyntheticSAERunner(cfg, override_synthetic_model=synthetic_model).run().sae
+        calibration = _calibrate(sae, _samples(synthetic_model, cfg.batch_size), calibration_samples)
+        sae.save_inference_model(path)  # again, now with the calibrated threshold
+        levels = _measure_saved(path, _samples(synthetic_model, cfg.batch_size), measure_samples, cfg.device)
+        scores = score_on_synthetic_model(
+            SAE.load_from_disk(path, device=cfg.device), synthetic_model, cfg.eval_samples
+        )
+        trained.append(TrainedSAE(name, path, calibration, levels, scores))
+    scores_by_name = {sae.name: sae.scores for sae in trained if sae.scores is not None}
+    _write_csv(staging / SCORES_FILENAME, [{"sae": name, **asdict(s)} for name, s in scores_by_name.items()])
+    plot_scores(scores_by_name, staging / SCORES_FIGURE_FILENAME)
+    return trained
+
+
+def _samples(synthetic_model: SyntheticModel, batch_size: int) -> Iterator[Tensor]:
+    while True:
+        yield synthetic_model.sample(batch_size)
+
+
+def _calibrate(
+    sae: TrainingSAE[Any], activations: Iterable[Tensor], calibration_samples: int
+) -> ThresholdCalibration | None:
+    if calibration_samples == 0 or not isinstance(sae, BatchTopKTrainingSAE):
+        return None
+    return calibrate_threshold(sae, activations, calibration_samples)
+
+
+def _measure_saved(path: Path, activations: Iterable[Tensor], n_samples: int, device: str) -> list[LevelMetrics]:
+    """Measure what was saved, read back as a user would, and write the figures beside it."""
+    sae = SAE.load_from_disk(path, device=device)
+    if not isinstance(sae, JumpReLUSAE):
+        return []
+    widths = recorded_widths(sae.cfg.to_dict()) or [sae.cfg.d_sae]
+    levels = measure_levels(MatryoshkaSAE.from_sae(sae, widths), activations, n_samples)
+    _write_csv(path / LEVELS_FILENAME, [asdict(level) for level in levels])
+    return levels
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _record_output_path(staging: Path, output: Path) -> None:
+    """Put the final folder in place of the temporary one in the runner configs that SAELens has written."""
+    for name in (RUNNER_CFG_FILENAME, RUNNER_CONFIG_FILENAME):
+        for path in staging.rglob(name):
+            runner_cfg = json.loads(path.read_text(encoding="utf-8"))
+            written = Path(runner_cfg["output_path"])
+            runner_cfg["output_path"] = str(output / written.relative_to(staging))
+            path.write_text(json.dumps(runner_cfg, indent=2), encoding="utf-8")
+
+
+@contextmanager
+def _checkpoint_when_interrupted(trainer: "SAETrainer[Any, Any] | MultiSAETrainer") -> Iterator[None]:
+    """On Ctrl-C or SIGTERM save a full checkpoint, then let the interruption go on.
+
+    SAELens's own handler saves the runner config and data set position only, into a folder it has not made.
+    """
+
+    def interrupt(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if trainer.cfg.checkpoint_path is not None:
+            trainer.save_checkpoint(checkpoint_name=str(trainer.n_training_samples))
+            checkpoint = Path(trainer.cfg.checkpoint_path) / str(trainer.n_training_samples)
+            logger.warning(f"Interrupted; continue with --resume auto or --resume {checkpoint}")
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _loading_errors(cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig") -> Iterator[None]:
+    """Say in one sentence what could not be loaded, and for model and data set how to use local copies."""
+    try:
+        yield
+    except OSError as error:  # what transformers, datasets and huggingface_hub raise for missing files and no network
+        what = f"data set {cfg.dataset_path!r}" if cfg.dataset_path in str(error) else f"model {cfg.model_name!r}"
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"Could not load the {what} from the Hugging Face Hub or the local cache ({reason}); to use local copies "
+            f"set model_name and dataset_path to their folders: --set model_name=DIR --set dataset_path=DIR."
+        ) from error
+    except ValueError as error:  # unknown model names, model classes, hooks and data set columns
+        raise ConfigError(f"SAELens cannot start this run: {str(error).splitlines()[0]}") from error
+
+
+def _check_d_in(store: ActivationsStore, d_in: Mapping[str, int]) -> None:
+    """Refuse a ``d_in`` that is not the width of the hook, before anything is trained.
+
+    Args:
+        store: The run's activation store.
+        d_in: The width that the run file gives, by hook name.
+    """
+    if store.dataset is None or store.cached_activation_dataset is not None:
+        return  # SAELens has compared cached activations with d_in
+    token = torch.zeros((1, 1), dtype=torch.long, device=next(store.model.parameters()).device)
+    _, cache = store.model.run_with_cache(token, names_filter=list(d_in), prepend_bos=False, **store.model_kwargs)
+    for hook_name, expected in d_in.items():
+        activation = cache[hook_name]
+        if store.hook_head_index is None:
+            activation = activation.reshape(1, 1, -1)
+        if activation.shape[-1] != expected:
+            raise ConfigError(
+                f"sae.d_in={expected}, but {hook_name} of this model is {activation.shape[-1]} wide; "
+                f"set sae.d_in={activation.shape[-1]}."
+            )

@@ -1,0 +1,38 @@
+"""Shared by all tests: no network, the TinyStories model and text, and a small Matryoshka SAE."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+
+import pytest
+import torch
+
+from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaSAEConfig
+
+TINYSTORIES = Path(__file__).parents[2] / "shared" / "tinystories"
+
+
+@pytest.fixture(scope="session")
+def tinystories() -> Path:
+    """The folder of the TinyStories model and text."""
+    if not TINYSTORIES.is_dir():
+        pytest.skip(f"the TinyStories model and text are not at {TINYSTORIES}")
+    return TINYSTORIES
+
+
+@pytest.fixture
+def matryoshka_sae() -> MatryoshkaSAE:
+    """An SAE with random parameters, a threshold a latent and levels 1, 3, 8 and 20 wide."""
+    return random_matryoshka_sae([1, 3, 8, 20])
+
+
+def random_matryoshka_sae(widths: list[int], d_in: int = 6, seed: int = 0, **cfg: object) -> MatryoshkaSAE:
+    torch.manual_seed(seed)
+    sae = MatryoshkaSAE(MatryoshkaSAEConfig(d_in, widths[-1], matryoshka_widths=widths, **cfg))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.normal_()
+        sae.threshold.abs_()
+    return sae

@@ -1,0 +1,89 @@
+"""The calibrated threshold against the definition: count what fires on the same samples."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAEConfig
+from torch import Tensor
+
+from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, calibrate_threshold
+from tests.conftest import random_matryoshka_sae
+
+
+def _batches(n_batches: int = 4, batch_size: int = 50, d_in: int = 6) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(batch_size, d_in, generator=generator) for _ in range(n_batches)]
+
+
+def _mean_l0(sae: MatryoshkaSAE, batches: list[Tensor]) -> float:
+    return (sae.encode(torch.cat(batches)) != 0).sum(-1).float().mean().item()
+
+
+@settings(max_examples=30, deadline=None)
+@given(target_l0=st.floats(0.1, 7), n_samples=st.integers(1, 200))
+def test_exactly_the_wanted_number_of_latents_fires_on_the_calibration_samples(target_l0: float, n_samples: int):
+    sae = random_matryoshka_sae([5, 20])
+    before = sae.threshold.detach().clone()
+    calibration = calibrate_threshold(sae, _batches(), n_samples, target_l0)
+    samples = torch.cat(_batches())[:n_samples]
+    n_to_fire = max(1, round(target_l0 * n_samples))
+    assert (sae.encode(samples) != 0).sum().item() == n_to_fire
+    assert calibration.l0_after == pytest.approx(n_to_fire / n_samples)
+    assert calibration.n_samples == n_samples
+    torch.testing.assert_close(sae.threshold - before, torch.full_like(before, calibration.shift))
+
+
+def test_l0_before_is_what_fired_before(matryoshka_sae: MatryoshkaSAE):
+    expected = _mean_l0(matryoshka_sae, _batches())
+    assert calibrate_threshold(matryoshka_sae, _batches(), 200, 2).l0_before == pytest.approx(expected)
+
+
+def test_more_latents_than_can_fire_make_every_positive_pre_activation_fire(matryoshka_sae: MatryoshkaSAE):
+    calibration = calibrate_threshold(matryoshka_sae, _batches(), 200, target_l0=20)
+    x = torch.cat(_batches())
+    hidden_pre = (x - matryoshka_sae.b_dec) @ matryoshka_sae.W_enc + matryoshka_sae.b_enc
+    assert _mean_l0(matryoshka_sae, _batches()) == pytest.approx((hidden_pre > 0).sum(-1).float().mean().item())
+    assert calibration.l0_after == pytest.approx(_mean_l0(matryoshka_sae, _batches()))
+
+
+@pytest.mark.parametrize("rescale_acts_by_decoder_norm", [True, False])
+@pytest.mark.parametrize("sae_class", [MatryoshkaTrainingSAE, BatchTopKTrainingSAE])
+def test_a_training_sae_is_saved_with_the_calibrated_threshold(sae_class: type, rescale_acts_by_decoder_norm: bool):
+    shared = {"d_in": 6, "d_sae": 20, "k": 3.0, "rescale_acts_by_decoder_norm": rescale_acts_by_decoder_norm}
+    cfg: SAEConfig = (
+        MatryoshkaTrainingSAEConfig(**shared, matryoshka_widths=[5, 20])
+        if sae_class is MatryoshkaTrainingSAE
+        else BatchTopKTrainingSAEConfig(**shared)
+    )
+    torch.manual_seed(0)
+    sae = sae_class(cfg)
+    with torch.no_grad():
+        sae.W_dec.normal_()
+    calibrate_threshold(sae, _batches(), 200)
+    saved = MatryoshkaSAE.from_sae(sae, widths=[20])
+    assert _mean_l0(saved, _batches()) == pytest.approx(3, abs=0.02)
+
+
+def test_k_is_read_from_the_metadata_of_a_saved_sae():
+    sae = MatryoshkaSAE.from_sae(MatryoshkaTrainingSAE(MatryoshkaTrainingSAEConfig(6, 20, k=3, matryoshka_widths=[20])))
+    assert calibrate_threshold(sae, _batches(), 200).l0_after == 3
+
+
+def test_unusable_arguments(matryoshka_sae: MatryoshkaSAE):
+    before = copy.deepcopy(matryoshka_sae.state_dict())
+    for arguments, message in [
+        ({"target_l0": None}, "pass target_l0"),
+        ({"target_l0": 0}, "target_l0=0 must be above 0"),
+        ({"target_l0": 21}, "at most d_sae=20"),
+        ({"target_l0": 2, "n_samples": 0}, "n_samples=0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            calibrate_threshold(matryoshka_sae, _batches(), **arguments)
+    with pytest.raises(ValueError, match="no activations"):
+        calibrate_threshold(matryoshka_sae, [], target_l0=2)
+    with pytest.raises(ValueError, match="not finite"):
+        calibrate_threshold(matryoshka_sae, [torch.full((3, 6), torch.nan)], target_l0=2)
+    torch.testing.assert_close(matryoshka_sae.state_dict(), before)

@@ -1,0 +1,187 @@
+"""Run files: the embedded ones build, and every mistake in one is named before anything is loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from sae_lens import LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
+from sae_lens.synthetic import SyntheticSAERunnerConfig
+
+from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig, paper_widths
+from sae_lens_matryoshka.config_files import ConfigError, build_runner_configs, embedded_run_files, read_run_file
+
+RUN: dict[str, Any] = {
+    "model_name": "some/model",
+    "dataset_path": "some/data",
+    "sae": {"architecture": "matryoshka", "d_in": 8, "d_sae": 64, "k": 4, "matryoshka_widths": [8, 64]},
+    "context_size": 128,
+    "n_batches_in_buffer": 64,
+    "verbose": False,
+}
+SYNTHETIC: dict[str, Any] = {
+    "synthetic_model": {"num_features": 20, "hidden_dim": 8, "hierarchy": {"total_root_nodes": 2}},
+    "sae": RUN["sae"],
+}
+
+
+@pytest.mark.parametrize("name", ["synthetic", "tinystories", "gemma-2-2b", "gemma-2-2b-sweep"])
+def test_embedded_run_files_build(name: str):
+    assert name in embedded_run_files()
+    configs = build_runner_configs(read_run_file(name, [] if name == "synthetic" else ["device=cpu"]))
+    expected: dict[str, type] = {
+        "synthetic": dict,
+        "tinystories": LanguageModelSAERunnerConfig,
+        "gemma-2-2b": LanguageModelSAERunnerConfig,
+        "gemma-2-2b-sweep": MultiSAETrainingRunnerConfig,
+    }
+    assert isinstance(configs, expected[name])
+
+
+def test_gemma_run_file_has_the_papers_settings():
+    cfg = build_runner_configs(read_run_file("gemma-2-2b", ["device=cpu"]))
+    assert isinstance(cfg, LanguageModelSAERunnerConfig)
+    assert cfg.sae.matryoshka_widths == paper_widths(65536)
+    assert (cfg.sae.d_sae, cfg.sae.k, cfg.lr) == (65536, 40, 3e-4)
+    assert (cfg.training_tokens, cfg.train_batch_size_tokens) == (500_000_000, 2048)
+    assert (cfg.model_name, cfg.hook_name) == ("gemma-2-2b", "blocks.12.hook_resid_post")
+    sweep = build_runner_configs(read_run_file("gemma-2-2b-sweep", ["device=cpu"]))
+    assert isinstance(sweep, MultiSAETrainingRunnerConfig)
+    assert {name: sae.k for name, sae in sweep.saes.items()} == {  # type: ignore[attr-defined]
+        f"matryoshka_k{k}": k for k in (20, 40, 80, 160, 320)
+    }
+
+
+def test_synthetic_run_file_names_its_saes():
+    configs = build_runner_configs(read_run_file("synthetic"))
+    assert isinstance(configs, dict)
+    assert {name: cfg.sae.architecture() for name, cfg in configs.items()} == {
+        "matryoshka": "matryoshka",
+        "batchtopk": "batchtopk",
+    }
+    assert all(isinstance(cfg, SyntheticSAERunnerConfig) for cfg in configs.values())
+
+
+def test_settings_change_fields_at_any_depth(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**RUN, "saes": [{"k": 1}, {"k": 2}]}))
+    run = read_run_file(path, ["lr=3e-4", "sae.k=7", "saes.1.k=9", "logger.run_name=a b", "sae.level_weights=[1, 2]"])
+    assert run["lr"] == 3e-4
+    assert run["sae"]["k"] == 7
+    assert run["saes"] == [{"k": 1}, {"k": 9}]
+    assert run["logger"] == {"run_name": "a b"}
+    assert run["sae"]["level_weights"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("lr", "not of the form key.sub=value"),
+        ("=3", "not of the form key.sub=value"),
+        ("lr=[", "not valid YAML"),
+        ("model_name.x=3", "reaches into model_name, a plain value"),
+        ("saes.2.k=3", "needs an index from 0 to 0 in place of '2'"),
+    ],
+)
+def test_unusable_settings(setting: str, message: str, tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**RUN, "saes": [{"k": 1}]}))
+    with pytest.raises(ConfigError, match=message):
+        read_run_file(path, [setting])
+
+
+def test_unusable_files(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"no run file 'nowhere.yaml'.*gemma-2-2b, .*synthetic, tinystories"):
+        read_run_file("nowhere.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match="must hold a mapping"):
+        read_run_file(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        read_run_file(tmp_path / "broken.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"trainig_tokens": 5}, r"trainig_tokens is not a field of .*; did you mean 'training_tokens'\?"),
+        (
+            {"sae": {**RUN["sae"], "matryoshka_width": [8]}},
+            r"sae.matryoshka_width .* did you mean 'matryoshka_widths'\?",
+        ),
+        ({"logger": {"log_to_wanb": True}}, r"logger.log_to_wanb .* did you mean 'log_to_wandb'\?"),
+        ({"lr": "fast"}, r"lr='fast' must be float"),
+        ({"streaming": 3}, r"streaming=3 must be bool"),
+        ({"training_tokens": 1.5}, r"training_tokens=1.5 must be int"),
+        ({"model_kwargs": [1]}, r"model_kwargs=\[1\] must be dict"),
+        ({"sae": {**RUN["sae"], "architecture": "matrioshka"}}, r"sae.architecture='matrioshka'.*mean 'matryoshka'\?"),
+        ({"sae": {**RUN["sae"], "matryoshka_widths": [8, 8, 64]}}, r"sae: matryoshka_widths=.*8 is repeated"),
+        ({"sae": {**RUN["sae"], "matryoshka_widths": "8,64"}}, r"sae.matryoshka_widths='8,64' must be list\[int\]"),
+        ({"sae": {"architecture": "matryoshka", "d_in": 8, "k": 4}}, r"sae: missing 1 required .*'d_sae'"),
+        ({"sae": 3}, "sae=3 must be a mapping"),
+        ({"device": "cuda:7"}, "no CUDA device; set device=cpu"),
+        ({"model_name": "./nowhere"}, "model_name='./nowhere' looks like a local path, but nothing is there"),
+        ({"dataset_path": "/nowhere"}, "dataset_path='/nowhere' looks like a local path"),
+        ({"dataset_path": ""}, "dataset_path is missing"),
+        (
+            {"n_batches_in_buffer": 1},
+            r"train_batch_size_tokens=4096 is above .* = 128 tokens; raise n_batches_in_buffer",
+        ),
+        ({"saes": []}, r"saes=\[\] must be a list or mapping"),
+        ({"saes": [RUN["sae"], RUN["sae"]], "hook_names": "h"}, "Two entries of saes are called 'matryoshka_k4'"),
+    ],
+)
+def test_mistakes_in_a_language_model_run(changed: dict[str, Any], message: str):
+    if "device" in changed:
+        pytest.importorskip("torch")
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a CUDA device")
+    with pytest.raises(ConfigError, match=message):
+        build_runner_configs({**RUN, **changed})
+
+
+def test_a_run_without_an_sae():
+    with pytest.raises(ConfigError, match="The field 'sae' is missing"):
+        build_runner_configs({"model_name": "x"})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_feature": 3}, r"synthetic_model.num_feature .* did you mean 'num_features'\?"),
+        ({"hierarchy": {"total_roots": 2}}, r"synthetic_model.hierarchy.total_roots .* 'total_root_nodes'\?"),
+        ({"hierarchy": {"branching_factor": 1}}, "synthetic_model: branching_factor must be at least 2"),
+        ({"firing_probability": {"generator_name": "zipf"}}, "synthetic_model: .*zipf"),
+    ],
+)
+def test_mistakes_in_a_synthetic_run(changed: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        build_runner_configs({**SYNTHETIC, "synthetic_model": {**SYNTHETIC["synthetic_model"], **changed}})
+
+
+def test_values_take_the_types_that_saelens_wants():
+    cfg = build_runner_configs({**RUN, "training_tokens": 5e6, "seqpos_slice": [1, -1], "device": "auto", "lr": 1})
+    assert isinstance(cfg, LanguageModelSAERunnerConfig)
+    assert type(cfg.training_tokens) is int
+    assert cfg.seqpos_slice == (1, -1)
+    assert cfg.device in ("cpu", "cuda")
+    assert isinstance(cfg.sae, MatryoshkaTrainingSAEConfig)
+
+
+def test_building_leaves_the_run_alone():
+    run = {**RUN, "seqpos_slice": [1, -1]}
+    build_runner_configs(run)
+    assert run == {**RUN, "seqpos_slice": [1, -1]}
+
+
+def test_saes_by_list_or_mapping_and_any_architecture():
+    entries = [{**RUN["sae"], "name": "small"}, {"architecture": "batchtopk", "d_in": 8, "d_sae": 64, "k": 2.5}]
+    shared = {k: v for k, v in RUN.items() if k not in ("sae", "verbose")}
+    by_list = build_runner_configs({**shared, "saes": entries, "hook_names": "h"})
+    assert isinstance(by_list, MultiSAETrainingRunnerConfig)
+    assert list(by_list.saes) == ["small", "batchtopk_k2.5"]
+    by_name = build_runner_configs({**shared, "saes": {"a": RUN["sae"]}, "hook_names": {"a": "h"}})
+    assert isinstance(by_name, MultiSAETrainingRunnerConfig)
+    assert list(by_name.saes) == ["a"]

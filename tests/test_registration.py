@@ -1,0 +1,87 @@
+"""Registration with SAELens: repeatable, never over a foreign class, and seen by SAELens's own argument parser."""
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import sae_lens
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+
+import sae_lens_matryoshka
+from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaSAEConfig, MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
+
+
+@pytest.fixture(autouse=True)
+def _registries_restored() -> Iterator[None]:
+    saved = dict(SAE_CLASS_REGISTRY), dict(SAE_TRAINING_CLASS_REGISTRY)
+    yield
+    for registry, before in zip((SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY), saved, strict=True):
+        registry.clear()
+        registry.update(before)
+
+
+def _assert_registered():
+    assert SAE_CLASS_REGISTRY["matryoshka"] == (MatryoshkaSAE, MatryoshkaSAEConfig)
+    assert SAE_TRAINING_CLASS_REGISTRY["matryoshka"] == (MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig)
+
+
+def test_importing_registers_and_repeating_changes_nothing():
+    _assert_registered()
+    before = dict(SAE_CLASS_REGISTRY), dict(SAE_TRAINING_CLASS_REGISTRY)
+    sae_lens_matryoshka.register()
+    importlib.reload(sae_lens_matryoshka)
+    assert (SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY) == before
+    _assert_registered()
+
+
+def test_built_in_architectures_are_untouched():
+    code = """
+import sae_lens.registry as r
+import sae_lens
+before = dict(r.SAE_CLASS_REGISTRY), dict(r.SAE_TRAINING_CLASS_REGISTRY)
+import sae_lens_matryoshka
+for registry, old in zip((r.SAE_CLASS_REGISTRY, r.SAE_TRAINING_CLASS_REGISTRY), before):
+    assert {k: v for k, v in registry.items() if k in old} == old
+    assert set(registry) - set(old) == {"matryoshka"}, set(registry) - set(old)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_reloaded_copy_of_our_class_replaces_the_old_one():
+    stale = type("MatryoshkaSAE", (), {"__module__": MatryoshkaSAE.__module__})
+    SAE_CLASS_REGISTRY["matryoshka"] = (stale, MatryoshkaSAEConfig)  # type: ignore[assignment]
+    sae_lens_matryoshka.register()
+    _assert_registered()
+
+
+@pytest.mark.parametrize("registry", [SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY])
+def test_a_foreign_class_is_named_and_neither_registry_changes(registry: dict[str, object]):
+    registry["matryoshka"] = (sae_lens.StandardSAE, sae_lens.StandardSAEConfig)
+    before = dict(SAE_CLASS_REGISTRY), dict(SAE_TRAINING_CLASS_REGISTRY)
+    with pytest.raises(RuntimeError, match=r"already registered by sae_lens\.saes\.standard_sae\.StandardSAE"):
+        sae_lens_matryoshka.register()
+    assert (SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY) == before
+
+
+def test_saelens_argument_parser_offers_the_architecture():
+    code = """
+import sys
+from unittest import mock
+import sae_lens_matryoshka
+from sae_lens_matryoshka.cli import main
+import sae_lens.llm_sae_training_runner as saelens
+with mock.patch("sae_lens.load_model.load_model", side_effect=SystemExit("model wanted")):
+    main(["saelens", "--architecture", "matryoshka", "--d_in", "64", "--d_sae", "256", "--k", "8",
+          "--matryoshka_widths", "16", "64", "256", "--level_weights", "1", "1", "2", "--dataset_path", "x"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip() == "model wanted"  # so the arguments made a valid config
+    bad = subprocess.run(
+        [sys.executable, "-m", "sae_lens_matryoshka", "saelens", "--architecture", "matryoshkaa"],
+        capture_output=True,
+        text=True,
+    )
+    assert bad.returncode != 0
+    assert "matryoshka" in bad.stdout + bad.stderr
