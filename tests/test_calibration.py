@@ -1,12 +1,13 @@
 """The calibrated threshold against the definition: count what fires on the same samples."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAEConfig
+from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from torch import Tensor
 
 from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, calibrate_threshold
@@ -50,16 +51,15 @@ def test_more_latents_than_can_fire_make_every_positive_pre_activation_fire(matr
 
 
 @pytest.mark.parametrize("rescale_acts_by_decoder_norm", [True, False])
-@pytest.mark.parametrize("sae_class", [MatryoshkaTrainingSAE, BatchTopKTrainingSAE])
-def test_a_training_sae_is_saved_with_the_calibrated_threshold(sae_class: type, rescale_acts_by_decoder_norm: bool):
-    shared = {"d_in": 6, "d_sae": 20, "k": 3.0, "rescale_acts_by_decoder_norm": rescale_acts_by_decoder_norm}
-    cfg: SAEConfig = (
-        MatryoshkaTrainingSAEConfig(**shared, matryoshka_widths=[5, 20])
-        if sae_class is MatryoshkaTrainingSAE
-        else BatchTopKTrainingSAEConfig(**shared)
-    )
+@pytest.mark.parametrize("plugin", [True, False])
+def test_a_training_sae_is_saved_with_the_calibrated_threshold(plugin: bool, rescale_acts_by_decoder_norm: bool):
+    options: dict[str, Any] = {"k": 3.0, "rescale_acts_by_decoder_norm": rescale_acts_by_decoder_norm}
     torch.manual_seed(0)
-    sae = sae_class(cfg)
+    sae = (
+        MatryoshkaTrainingSAE(MatryoshkaTrainingSAEConfig(6, 20, matryoshka_widths=[5, 20], **options))
+        if plugin
+        else BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(6, 20, **options))
+    )
     with torch.no_grad():
         sae.W_dec.normal_()
     calibrate_threshold(sae, _batches(), 200)

@@ -4,6 +4,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import sae_lens
@@ -15,11 +16,8 @@ from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaSAEConfig, MatryoshkaTr
 
 @pytest.fixture(autouse=True)
 def _registries_restored() -> Iterator[None]:
-    saved = dict(SAE_CLASS_REGISTRY), dict(SAE_TRAINING_CLASS_REGISTRY)
-    yield
-    for registry, before in zip((SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY), saved, strict=True):
-        registry.clear()
-        registry.update(before)
+    with mock.patch.dict(SAE_CLASS_REGISTRY), mock.patch.dict(SAE_TRAINING_CLASS_REGISTRY):
+        yield
 
 
 def _assert_registered():

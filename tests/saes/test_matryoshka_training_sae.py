@@ -157,7 +157,7 @@ def test_a_missing_full_level_is_added_to_config_and_metadata_but_not_to_the_cal
         MatryoshkaTrainingSAE(cfg)
     assert widths == [8, 24]
     assert cfg.matryoshka_widths == [8, 24, 64]
-    assert cfg.metadata.training_architecture_details["matryoshka_widths"] == [8, 24, 64]
+    assert cfg.to_dict()["metadata"]["training_architecture_details"]["matryoshka_widths"] == [8, 24, 64]
 
 
 @pytest.mark.parametrize(

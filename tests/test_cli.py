@@ -1,0 +1,113 @@
+"""The command line as a user meets it: exit codes, one sentence for a mistake, tables for a result."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from sae_lens.saes.sae import SAEMetadata
+
+from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.cli import main
+
+QUICK = ["training_samples=2000", "eval_samples=500", "synthetic_model.orthogonalization.num_steps=5"]
+
+
+def _train(*arguments: str) -> int:
+    settings = [part for setting in QUICK for part in ("--set", setting)]
+    return main(["train", *settings, "--calibration-samples", "2000", "--measure-samples", "2000", *arguments])
+
+
+def test_train_ends_with_tables_and_where_the_saes_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    output = tmp_path / "out"
+    assert _train("--output", str(output)) == 0
+    printed = capsys.readouterr().out
+    assert "matryoshka: levels of the saved SAE" in printed
+    assert re.search(r"│ 2 +│ 240 +│ \d", printed)
+    assert re.search(r"│ batchtopk +│ 0\.\d+ +│ 0\.\d+", printed)
+    assert f"Saved to {output}" in printed
+    assert MatryoshkaSAE.load_from_disk(output / "matryoshka").widths == [20, 80, 240]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nowhere.yaml"], "error: There is no run file 'nowhere.yaml'"),
+        (["train", "--set", "lrr=3"], "lrr is not a field of SAELens's SyntheticSAERunnerConfig; did you mean 'lr'?"),
+        (["train", "--set", "saes.0.matryoshka_widths=[80, 20, 240]"], "20 comes after 80; use [20, 80, 240]"),
+        (["train", "--resume", "auto"], "cannot be resumed"),
+        (["inspect", "nowhere"], "There is no saved SAE at nowhere (no cfg.json); for a Hub repository"),
+        (["inspect", "nobody/nothing", "--id", "x"], "error: "),
+    ],
+)
+def test_mistakes_are_one_sentence_and_a_non_zero_exit_code(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_non_empty_output_folder_is_refused_without_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "work").write_text("precious")
+    assert main(["train", "--output", str(tmp_path)]) == 1
+    assert "is not empty; choose another with --output or replace it with --force" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train", "a", "b"], ["train", "--outputt", "x"]])
+def test_unknown_arguments_show_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 2
+    assert "usage: sae-lens-matryoshka" in capsys.readouterr().err
+
+
+def test_inspect_shows_levels_and_origin(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    sae = MatryoshkaTrainingSAE(MatryoshkaTrainingSAEConfig(6, 20, k=3, matryoshka_widths=[5, 20]))
+    sae.topk_threshold += 0.25
+    sae.cfg.metadata.model_name, sae.cfg.metadata.hook_name = "some/model", "blocks.3.hook_resid_post"
+    sae.save_inference_model(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"│ 1 +│ 20 +│ 15 +│ 0.25 / 0.25 / 0.25 +│", printed)
+    for fact in ("trained as: matryoshka", "k: 3", "model: some/model", "hook: blocks.3.hook_resid_post"):
+        assert fact in printed
+
+
+def test_inspect_asks_for_widths_where_there_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    plain = MatryoshkaSAE.from_sae(
+        MatryoshkaTrainingSAE(MatryoshkaTrainingSAEConfig(6, 20, k=3, matryoshka_widths=[5, 20]))
+    ).at_level(-1)
+    plain.cfg.metadata = SAEMetadata()
+    plain.save_model(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "pass them" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path), "--widths", "10,20"]) == 0
+    assert "10" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path), "--widths", "ten"]) == 1
+    assert "whole numbers separated by commas" in capsys.readouterr().err
+
+
+def test_a_damaged_file_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    sae = MatryoshkaTrainingSAE(MatryoshkaTrainingSAEConfig(6, 20, k=3, matryoshka_widths=[5, 20]))
+    weights, _ = sae.save_inference_model(tmp_path)
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "cannot be shown" in capsys.readouterr().err
+
+
+def test_interruption_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "manual_seed", interrupt)
+    assert _train("--output", str(tmp_path / "out")) == 130
+    assert not (tmp_path / "out").exists()

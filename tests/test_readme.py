@@ -1,0 +1,101 @@
+"""Every code block of the README does what the README says."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from sae_lens_matryoshka.config_files import build_runner_configs
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+BLOCKS: list[tuple[str, str]] = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+MODULE = [sys.executable, "-m", "sae_lens_matryoshka"]
+
+
+def _commands() -> list[list[str]]:
+    """The plugin's commands in the README's shell blocks, continued lines joined, installation left out."""
+    shell = "\n".join(code for language, code in BLOCKS if language == "bash").replace("\\\n", " ")
+    commands = [part.strip() for line in shell.splitlines() for part in line.split("&&")]
+    return [
+        shlex.split(command.replace(".venv/bin/", ""))[1:]
+        for command in commands
+        if command.replace(".venv/bin/", "").startswith("sae-lens-matryoshka")
+    ]
+
+
+def _run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*MODULE, *arguments], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the README's main command has been run."""
+    folder = tmp_path_factory.mktemp("readme")
+    assert _commands()[0] == ["train", "synthetic"]
+    done = _run(["train", "synthetic"], folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Saved to runs/synthetic" in done.stdout
+    return folder
+
+
+def test_every_block_is_covered():
+    assert {language for language, _ in BLOCKS} == {"bash", "python", "yaml"}
+    assert [command[:2] for command in _commands()] == [
+        ["train", "synthetic"],
+        ["train", "tinystories"],
+        ["train", "tinystories"],
+        ["inspect", "runs/stories260K"],
+        ["train", "gemma-2-2b"],
+        ["train", "gemma-2-2b-sweep"],
+    ]
+
+
+def test_the_main_job_shows_the_effect_that_the_readme_reports(folder: Path):
+    rows = [line.split(",") for line in (folder / "runs/synthetic/scores.csv").read_text().splitlines()]
+    scores = {row[0]: dict(zip(rows[0][1:], map(float, row[1:]), strict=True)) for row in rows[1:]}
+    matryoshka, batchtopk = scores["matryoshka"], scores["batchtopk"]
+    assert matryoshka["parent_recovery"] > batchtopk["parent_recovery"] + 0.3
+    assert matryoshka["absorption"] < batchtopk["absorption"] - 0.15
+    assert matryoshka["mcc"] > batchtopk["mcc"]
+    assert matryoshka["f1"] > batchtopk["f1"]
+
+
+def test_python_blocks_run(folder: Path):
+    for code in [code for language, code in BLOCKS if language == "python"]:
+        done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        if "level_of" in code:
+            assert done.stdout == "[20, 80, 240] tensor([0, 1, 2])\n"
+
+
+def test_yaml_blocks_are_run_files():
+    for code in [code for language, code in BLOCKS if language == "yaml"]:
+        build_runner_configs(yaml.safe_load(code))
+
+
+def test_the_local_tinystories_commands_run(tinystories: Path, tmp_path: Path):
+    train, inspect = _commands()[2:4]
+    done = _run([argument.replace("$TINYSTORIES", str(tinystories)) for argument in train], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "sae: levels of the saved SAE" in done.stdout
+    shown = _run(inspect, tmp_path)
+    assert shown.returncode == 0
+    assert "hook: model.layers.2" in shown.stdout
+
+
+@pytest.mark.parametrize("index", [1, 4, 5])
+def test_commands_that_need_the_hub_or_a_gpu_say_so_in_one_sentence(index: int, tmp_path: Path):
+    if torch.cuda.is_available() and index > 1:
+        pytest.skip("with a GPU these commands only lack the Hub, which the TinyStories command shows")
+    done = _run(_commands()[index], tmp_path)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert ("model_name=DIR" if index == 1 else "set device=cpu") in last
+    assert "Traceback" not in done.stderr

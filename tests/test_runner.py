@@ -1,0 +1,320 @@
+"""Whole runs through SAELens's runners: real TinyStories, synthetic data, several SAEs, interruption and resuming."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import SAE, ActivationsStore, JumpReLUSAE
+from sae_lens.evals import EvalConfig, run_evals
+from sae_lens.load_model import load_model
+from sae_lens.training.activation_scaler import ActivationScaler
+
+from sae_lens_matryoshka import MatryoshkaSAE, calibrate_threshold, measure_levels
+from sae_lens_matryoshka.checkpoints import find_checkpoint
+from sae_lens_matryoshka.config_files import ConfigError, read_run_file
+from sae_lens_matryoshka.runner import train
+
+SYNTHETIC: dict[str, Any] = {
+    "synthetic_model": {
+        "num_features": 24,
+        "hidden_dim": 12,
+        "hierarchy": {"total_root_nodes": 4, "branching_factor": 5, "max_depth": 1},
+        "seed": 0,
+    },
+    "saes": [
+        {"architecture": "matryoshka", "d_in": 12, "d_sae": 32, "k": 3, "matryoshka_widths": [4, 32]},
+        {"architecture": "batchtopk", "d_in": 12, "d_sae": 32, "k": 3},
+    ],
+    "training_samples": 20_000,
+    "batch_size": 500,
+    "lr": 3e-3,
+    "eval_samples": 2000,
+    "run_final_eval": False,
+    "checkpoint_path": None,
+    "logger": {"log_to_wandb": False},
+}
+
+
+def _tinystories_run(tinystories: Path, *settings: str) -> dict[str, Any]:
+    return read_run_file(
+        "tinystories",
+        [
+            f"model_name={tinystories / 'model'}",
+            f"dataset_path={tinystories / 'data'}",
+            "hook_name=model.layers.2",
+            "streaming=false",
+            "sae.d_in=64",
+            "sae.d_sae=2048",
+            "sae.k=16",
+            "sae.matryoshka_widths=[64, 192, 448, 960, 2048]",
+            "training_tokens=400_000",
+            "lr=1e-2",
+            "lr_warm_up_steps=0",
+            "lr_decay_steps=80",
+            "dead_feature_window=20",
+            "checkpoint_path=null",
+            "device=cpu",
+            *settings,
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def tinystories_runs(tinystories: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Our SAE and SAELens's own Matryoshka SAE, trained with the same settings and saved as ``train`` saves them."""
+    folder = tmp_path_factory.mktemp("tinystories")
+    ours = train(_tinystories_run(tinystories), output=folder / "ours").output
+    theirs = train(
+        _tinystories_run(tinystories, "sae.architecture=matryoshka_batchtopk"),
+        output=folder / "theirs",
+        calibration_samples=0,
+    ).output
+    return {"ours": ours, "theirs": theirs}
+
+
+def _store(sae: MatryoshkaSAE, tinystories: Path) -> ActivationsStore:
+    """Fresh activations for a saved SAE, independent of the run that made it."""
+    model = load_model("AutoModelForCausalLM", str(tinystories / "model"), "cpu", hook_names=["model.layers.2"])
+    return ActivationsStore.from_sae(
+        model,
+        sae,
+        str(tinystories / "data"),
+        streaming=False,
+        context_size=256,
+        train_batch_size_tokens=2048,
+        n_batches_in_buffer=64,
+    )
+
+
+def test_the_real_run_on_tinystories(tinystories: Path, tinystories_runs: dict[str, Path]):
+    ours, theirs = (MatryoshkaSAE.load_from_disk(tinystories_runs[name]) for name in ("ours", "theirs"))
+    store = _store(ours, tinystories)
+    activations = [next(store) for _ in range(50)]
+    levels = measure_levels(ours, activations, 100_000)
+    fvu = [level.fvu for level in levels]
+    assert fvu == sorted(fvu, reverse=True)
+    assert 1 - fvu[-1] > 0.88
+    assert levels[-1].l0 == pytest.approx(16, rel=0.02)
+    # SAELens's own class saves a threshold that fires too many latents; at equal L0 both have as many dead ones
+    assert measure_levels(theirs, activations, 100_000)[-1].l0 > 17
+    calibrate_threshold(theirs, activations, 100_000, target_l0=levels[-1].l0)
+    assert levels[-1].dead <= measure_levels(theirs, activations, 100_000)[-1].dead + 10
+    assert levels[-1].dead < 0.25 * 2048
+
+
+def test_saelens_evaluates_the_whole_sae_and_any_level(tinystories: Path, tinystories_runs: dict[str, Path]):
+    sae = MatryoshkaSAE.load_from_disk(tinystories_runs["ours"])
+    explained_variance: list[float] = []
+    for evaluated in (sae.at_level(0), sae.at_level(2), sae):
+        store = _store(sae, tinystories)
+        metrics, _ = run_evals(
+            evaluated,
+            store,
+            store.model,
+            ActivationScaler(),
+            EvalConfig(
+                batch_size_prompts=4,
+                n_eval_sparsity_variance_batches=4,
+                n_eval_reconstruction_batches=2,
+                compute_ce_loss=True,
+                compute_variance_metrics=True,
+            ),
+        )
+        explained_variance.append(metrics["reconstruction_quality"]["explained_variance"])
+        assert metrics["model_performance_preservation"]["ce_loss_score"] > 0.5
+    assert explained_variance == sorted(explained_variance)
+    assert explained_variance[-1] > 0.88
+
+
+def test_the_real_run_is_usable_without_the_plugin(tinystories_runs: dict[str, Path]):
+    code = f"""
+import sys
+from sae_lens import SAE
+sae = SAE.load_from_disk({str(tinystories_runs["ours"])!r})
+assert type(sae).__name__ == "JumpReLUSAE", type(sae)
+assert not any(name.startswith("sae_lens_matryoshka") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_the_real_run_writes(tinystories_runs: dict[str, Path]):
+    output = tinystories_runs["ours"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        "cfg.json",
+        "levels.csv",
+        "runner_cfg.json",
+        "sae_weights.safetensors",
+        "sparsity.safetensors",
+    ]
+    assert json.loads((output / "runner_cfg.json").read_text())["output_path"] == str(output)
+    with (output / "levels.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["width"]) for row in rows] == [64, 192, 448, 960, 2048]
+    assert not list(output.parent.glob(".*"))  # nothing temporary is left
+
+
+def test_saelens_own_training_is_what_it_would_be_without_us(tinystories: Path, tmp_path: Path):
+    """Same seed and settings through SAELens's runner alone: the same weights."""
+    from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
+
+    from sae_lens_matryoshka.config_files import build_runner_configs
+
+    run = _tinystories_run(tinystories, "training_tokens=10240", "sae.d_sae=256", "sae.matryoshka_widths=[32,256]")
+    trained = train(run, output=tmp_path / "ours", calibration_samples=0, measure_samples=2048).output
+    cfg = build_runner_configs({**run, "output_path": None})
+    assert isinstance(cfg, LanguageModelSAERunnerConfig)
+    torch.manual_seed(42)
+    alone = LanguageModelSAETrainingRunner(cfg).run()
+    torch.testing.assert_close(MatryoshkaSAE.from_sae(alone).W_dec, MatryoshkaSAE.load_from_disk(trained).W_dec)
+
+
+def test_several_saes_in_one_pass(tinystories: Path, tmp_path: Path):
+    run = _tinystories_run(tinystories, "training_tokens=102400")
+    sae = {**run.pop("sae"), "d_sae": 256, "matryoshka_widths": [32, 256]}
+    run = {
+        **{key: value for key, value in run.items() if key not in ("hook_name", "is_dataset_tokenized")},
+        "hook_names": "model.layers.2",
+        "saes": [{**sae, "k": 4}, {**sae, "k": 8}],
+    }
+    result = train(run, output=tmp_path / "out", calibration_samples=50_000, measure_samples=20_000)
+    assert [trained.name for trained in result.saes] == ["matryoshka_k4", "matryoshka_k8"]
+    for trained, k in zip(result.saes, (4, 8), strict=True):
+        assert trained.path == tmp_path / "out" / f"matryoshka_k{k}"
+        assert trained.calibration is not None
+        assert trained.calibration.l0_after == pytest.approx(k)
+        assert trained.levels[-1].l0 == pytest.approx(k, rel=0.05)
+        assert MatryoshkaSAE.load_from_disk(trained.path).widths == [32, 256]
+    runner_cfg = json.loads((tmp_path / "out" / "runner_cfg.json").read_text())
+    assert runner_cfg["output_path"] == str(tmp_path / "out")
+
+
+def test_a_synthetic_run_compares_its_saes(tmp_path: Path):
+    result = train(SYNTHETIC, output=tmp_path / "out", calibration_samples=5000, measure_samples=5000)
+    assert [trained.name for trained in result.saes] == ["matryoshka_k3", "batchtopk_k3"]
+    for trained in result.saes:
+        assert trained.scores is not None
+        assert trained.scores.l0 == pytest.approx(3, rel=0.1)
+        assert isinstance(SAE.load_from_disk(trained.path), JumpReLUSAE)
+    with (tmp_path / "out" / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["sae"] for row in rows] == ["matryoshka_k3", "batchtopk_k3"]
+    assert float(rows[0]["mcc"]) == pytest.approx(result.saes[0].scores.mcc)  # type: ignore[union-attr]
+    assert (tmp_path / "out" / "scores.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path: Path):
+    run = {**SYNTHETIC, "saes": SYNTHETIC["saes"][:1], "training_samples": 5000}
+    first, second = (
+        train(run, output=tmp_path / name, calibration_samples=2000, measure_samples=2000) for name in ("a", "b")
+    )
+    assert first.saes[0].scores == second.saes[0].scores
+
+
+def test_architectures_without_levels_train_too(tmp_path: Path):
+    run = {**SYNTHETIC, "sae": {"architecture": "topk", "d_in": 12, "d_sae": 32, "k": 3}}
+    del run["saes"]
+    result = train(run, output=tmp_path / "out", measure_samples=1000)
+    assert result.saes[0].levels == []
+    assert result.saes[0].calibration is None
+
+
+def test_a_non_empty_output_folder_is_kept_unless_forced(tmp_path: Path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "precious").write_text("work")
+    run = {**SYNTHETIC, "training_samples": 1000}
+    with pytest.raises(FileExistsError, match=r"not empty; choose another with --output or replace it with --force"):
+        train(run, output=output)
+    assert (output / "precious").read_text() == "work"
+    train(run, output=output, force=True, calibration_samples=1000, measure_samples=1000)
+    assert not (output / "precious").exists()
+
+
+def test_a_failed_run_leaves_an_existing_output_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "precious").write_text("work")
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr("sae_lens_matryoshka.runner.plot_scores", fail)
+    with pytest.raises(RuntimeError, match="disk full"):
+        train({**SYNTHETIC, "training_samples": 1000}, output=output, force=True, calibration_samples=500)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (output / "precious").read_text() == "work"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("sae.d_in=32", r"sae.d_in=32, but model.layers.2 of this model is 64 wide; set sae.d_in=64"),
+        ("hook_name=model.layers.9", "hook_names not found"),
+        ("model_class_name=Transformer", "Unknown model class"),
+        ("model_name=nobody/nothing", r"Could not load the model 'nobody/nothing' .*--set model_name=DIR"),
+        ("dataset_path=nobody/nothing", r"Could not load the data set 'nobody/nothing' .*--set dataset_path=DIR"),
+    ],
+)
+def test_what_saelens_cannot_start_is_one_sentence(tinystories: Path, tmp_path: Path, setting: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        train(_tinystories_run(tinystories, setting), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_resume_and_resumes(tinystories: Path, tmp_path: Path, sig: signal.Signals):
+    settings = [
+        f"model_name={tinystories / 'model'}",
+        f"dataset_path={tinystories / 'data'}",
+        "hook_name=model.layers.2",
+        "streaming=false",
+        "sae.d_in=64",
+        "sae.d_sae=256",
+        "sae.matryoshka_widths=[32, 256]",
+        "sae.k=8",
+        "device=cpu",
+        "training_tokens=4_000_000",
+        f"checkpoint_path={tmp_path / 'checkpoints'}",
+    ]
+    command = [sys.executable, "-m", "sae_lens_matryoshka", "train", "tinystories", "--output", str(tmp_path / "out")]
+    for setting in settings:
+        command += ["--set", setting]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:  # tqdm's carriage returns end a line in text mode
+            if "100|" in line:
+                break
+        time.sleep(1)
+        process.send_signal(sig)
+        rest = process.stderr.read()
+        assert process.wait(timeout=60) == 130
+    assert "Interrupted; continue with --resume auto" in rest
+    assert "Traceback" not in rest
+    assert not (tmp_path / "out").exists()
+
+    run = read_run_file("tinystories", settings)
+    checkpoint = find_checkpoint(run, "auto")
+    assert checkpoint is not None
+    n_done = int(Path(checkpoint).name)
+    assert 0 < n_done < 4_000_000
+    run["training_tokens"] = n_done + 10 * 2048
+    result = train(run, output=tmp_path / "out", resume="auto", calibration_samples=10_000, measure_samples=10_000)
+    assert result.saes[0].levels[-1].fvu < 0.5
+    other = {**run, "sae": {**run["sae"], "k": 9}}
+    assert find_checkpoint(other, "auto") is None
+
+
+def test_unusable_checkpoints(tmp_path: Path):
+    with pytest.raises(ConfigError, match="is not a complete SAELens checkpoint"):
+        find_checkpoint({"sae": {}}, tmp_path)
+    with pytest.raises(ConfigError, match="cannot be resumed"):
+        find_checkpoint(SYNTHETIC, "auto")
+    assert find_checkpoint({"sae": {}, "checkpoint_path": str(tmp_path)}, "auto") is None
