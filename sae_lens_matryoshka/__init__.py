@@ -10,7 +10,8 @@ from sae_lens_matryoshka.level_metrics import LevelMetrics, measure_levels
 from sae_lens_matryoshka.levels import geometric_widths, paper_widths
 from sae_lens_matryoshka.registration import register
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig
-from sae_lens_matryoshka.saes.matryoshka_training_sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.saes.matryoshka_training_config import MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.saes.matryoshka_training_sae import MatryoshkaTrainingSAE
 
 __version__ = version("sae-lens-matryoshka")
 

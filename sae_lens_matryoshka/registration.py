@@ -6,7 +6,8 @@ from sae_lens import register_sae_class, register_sae_training_class
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig
-from sae_lens_matryoshka.saes.matryoshka_training_sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.saes.matryoshka_training_config import MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.saes.matryoshka_training_sae import MatryoshkaTrainingSAE
 
 
 def register() -> None:

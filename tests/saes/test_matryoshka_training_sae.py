@@ -97,7 +97,7 @@ def test_the_running_threshold_is_unbiased_from_the_first_step():
     minima: list[float] = []
     for batch in _activations():
         output = sae.training_forward_pass(_step_input(batch))
-        acts = output.feature_acts
+        acts = output.feature_acts.to_dense()
         minima.append(acts[acts > 0].min().item())
         # the definition: an average whose weights fall by 0.9 a step into the past
         weights = [0.9 ** (len(minima) - 1 - step) for step in range(len(minima))]
@@ -119,7 +119,7 @@ def test_level_metrics_only_on_logging_steps():
     for width, dead in zip((8, 24, 64), (1, 1, 3), strict=True):
         level_loss = output.losses["mse_loss" if width == 64 else f"inner_mse_loss_{width}"]
         assert output.metrics[f"fvu_level_{width}"] == pytest.approx((level_loss / variance).item())
-        expected_l0 = (output.feature_acts[:, :width] > 0).sum().item() / BATCH_SIZE
+        expected_l0 = (output.feature_acts.to_dense()[:, :width] > 0).sum().item() / BATCH_SIZE
         assert output.metrics[f"l0_level_{width}"] == pytest.approx(expected_l0)
         assert output.metrics[f"dead_level_{width}"] == dead
 

@@ -1,0 +1,84 @@
+"""The auxiliary loss that brings dead latents back, on the dead columns only.
+
+Dead latents are made to reconstruct what the living ones leave over: for each sample the ``d_in // 2`` of them with the
+largest scores, at most all of them (Gao et al., arXiv:2406.04093, appendix A.2, without its normalization by variance).
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def auxiliary_loss(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    residual: Float[Tensor, "batch d_in"],
+    dead: Int[Tensor, " n_dead"],
+    column_scale: Float[Tensor, " d_sae"] | None = None,
+    row_scale: Float[Tensor, "batch 1"] | None = None,
+) -> Float[Tensor, ""]:
+    """Mean squared error of the dead latents' reconstruction of ``residual``, scaled down where few are dead.
+
+    Equals SAELens's ``calculate_topk_aux_loss`` before its coefficient.
+
+    Args:
+        x: The input of the encoder.
+        W_enc: Encoder weights.
+        b_enc: Encoder bias.
+        W_dec: Decoder weights.
+        residual: What the living latents leave over, target minus reconstruction; gets no gradient.
+        dead: Indices of the dead latents.
+        column_scale: What pre-activations are multiplied by to choose among the dead; None for 1.
+        row_scale: What the errors of each sample are multiplied by before squaring; None for 1.
+    """
+    n_dead = dead.numel()
+    if n_dead == 0:
+        return x.new_zeros(())
+    k_aux = x.shape[-1] // 2
+    # rows of the transposed encoder are contiguous where training keeps it column by column
+    hidden_pre = x @ W_enc.t().index_select(0, dead).t() + b_enc.index_select(0, dead)
+    if n_dead > k_aux:
+        scores = hidden_pre.detach() if column_scale is None else hidden_pre.detach() * column_scale[dead]
+        chosen = torch.zeros_like(hidden_pre).scatter_(1, scores.topk(k_aux, sorted=False).indices, 1.0)
+        hidden_pre = hidden_pre * chosen
+    error = hidden_pre @ W_dec.index_select(0, dead) - residual.detach()
+    if row_scale is not None:
+        error = error * row_scale
+    return min(n_dead / k_aux, 1.0) * error.pow(2).sum(-1).mean()
+
+
+def matryoshka_auxiliary_loss(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    level_residuals: Float[Tensor, "n_levels batch d_in"],
+    dead_mask: Bool[Tensor, " d_sae"],
+    widths: list[int],
+    column_scale: Float[Tensor, " d_sae"] | None = None,
+    row_scale: Float[Tensor, "batch 1"] | None = None,
+) -> Float[Tensor, ""]:
+    """The sum over levels of the loss that makes a level's own dead latents reconstruct that level's residual.
+
+    Equals SAELens's ``calculate_matryoshka_aux_loss`` before its coefficient.
+
+    Args:
+        x: The input of the encoder.
+        W_enc: Encoder weights.
+        b_enc: Encoder bias.
+        W_dec: Decoder weights.
+        level_residuals: What each level leaves over, target minus reconstruction.
+        dead_mask: Which latents are dead.
+        widths: The level widths, smallest first.
+        column_scale: What pre-activations are multiplied by to choose among the dead; None for 1.
+        row_scale: What the errors of each sample are multiplied by before squaring; None for 1.
+    """
+    total = x.new_zeros(())
+    narrower = 0
+    for residual, width in zip(level_residuals, widths, strict=True):
+        dead = dead_mask[narrower:width].nonzero().squeeze(1) + narrower
+        total = total + auxiliary_loss(x, W_enc, b_enc, W_dec, residual, dead, column_scale, row_scale)
+        narrower = width
+    return total

@@ -1,0 +1,140 @@
+"""BatchTopK's selection without the batch x d_sae matrix and without sorting it, yet exact.
+
+The n largest pre-activations of a batch all lie above some floor. Last step's smallest selected value, lowered a
+little, is a good guess of one: a single comparison pass over each chunk of columns then leaves slightly more than n
+candidates, and an exact ``topk`` of those few is the selection. A guess that was too high leaves too few candidates and
+the pass is repeated from floor 0. A floor that is too low is raised on the way, since the n-th largest of the
+candidates so far bounds the final one from below.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+CHUNK_ELEMENTS = 4 * 2**20
+"""Pre-activations computed at once: 16 MB in float32, few enough to stay in or near the cache."""
+
+GUESS_MARGIN = 0.95
+"""The floor as a share of last step's smallest selected value. That value moves by a few per cent between steps."""
+
+MOST_CANDIDATES = 4
+"""Candidates kept before the floor is raised, as a multiple of the number to select."""
+
+
+class Selection(NamedTuple):
+    """The entries of a batch x d_sae matrix that BatchTopK keeps, in no particular order."""
+
+    rows: Int[Tensor, " n"]
+    """The sample of each entry."""
+
+    columns: Int[Tensor, " n"]
+    """The latent of each entry."""
+
+    hidden_pre: Float[Tensor, " n"]
+    """Its pre-activation: ``x @ W_enc + b_enc``."""
+
+    scores: Float[Tensor, " n"]
+    """What was compared: the pre-activation times the scale of its column."""
+
+
+def select_batch_topk_reference(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    column_scale: Float[Tensor, " d_sae"] | None,
+    n: int,
+) -> Selection:
+    """The ``n`` largest positive scores of a batch, found by sorting all of them (arXiv:2412.06410).
+
+    Args:
+        x: The input of the encoder.
+        W_enc: Encoder weights.
+        b_enc: Encoder bias.
+        column_scale: What pre-activations are multiplied by for the comparison, such as decoder norms; None for 1.
+        n: How many to select; fewer are if fewer scores are positive.
+    """
+    hidden_pre = x @ W_enc + b_enc
+    scores = hidden_pre if column_scale is None else hidden_pre * column_scale
+    values, indices = scores.flatten().topk(n)
+    indices, values = indices[values > 0], values[values > 0]
+    rows, columns = indices // W_enc.shape[1], indices % W_enc.shape[1]
+    return Selection(rows, columns, hidden_pre[rows, columns], values)
+
+
+@torch.no_grad()
+def select_batch_topk(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    column_scale: Float[Tensor, " d_sae"] | None,
+    n: int,
+    guess: float = 0.0,
+) -> Selection:
+    """The ``n`` largest positive scores of a batch; the same as :func:`select_batch_topk_reference`, ties aside.
+
+    Under autocast the product is computed in the autocast data type, as SAELens's is.
+
+    Args:
+        x: The input of the encoder.
+        W_enc: Encoder weights, fastest if their columns are contiguous.
+        b_enc: Encoder bias.
+        column_scale: What pre-activations are multiplied by for the comparison; None for 1.
+        n: How many to select; fewer are if fewer scores are positive.
+        guess: The smallest score expected to be selected, for example that of the last step. It affects the speed
+            only.
+    """
+    floor = max(guess * GUESS_MARGIN, 0.0)
+    candidates = _candidates_above(floor, x, W_enc, b_enc, column_scale, n)
+    if floor > 0 and candidates.scores.numel() < n:
+        candidates = _candidates_above(0.0, x, W_enc, b_enc, column_scale, n)
+    return _largest(candidates, n)
+
+
+def _candidates_above(
+    floor: float, x: Tensor, W_enc: Tensor, b_enc: Tensor, column_scale: Tensor | None, n: int
+) -> Selection:
+    """All entries that score above ``floor``, or above a higher one that at least ``n`` entries reach."""
+    batch, d_sae = x.shape[0], W_enc.shape[1]
+    device_type = x.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+    x_cast = x.to(dtype)
+    width = min(d_sae, max(1, CHUNK_ELEMENTS // max(1, batch)))
+    buffer = x.new_empty(batch * width, dtype=dtype)
+    found: list[Selection] = []
+    n_found = 0
+    for start in range(0, d_sae, width):
+        chunk = slice(start, min(start + width, d_sae))
+        product = buffer[: batch * (chunk.stop - start)].view(batch, -1)
+        with torch.autocast(device_type, enabled=False):
+            torch.mm(x_cast, W_enc[:, chunk].to(dtype), out=product)
+        bias, scale = b_enc[chunk], None if column_scale is None else column_scale[chunk]
+        # Comparing the bare product with a bound a column saves two passes over the chunk. The bound is a little low,
+        # so that rounding cannot lose an entry; the exact comparison follows.
+        bound = (floor * (1 - 1e-4)) / scale - bias if scale is not None else floor * (1 - 1e-4) - bias
+        above = (product > bound).flatten().nonzero().squeeze(1)
+        rows, columns = above // product.shape[1], above % product.shape[1]
+        hidden_pre = product.flatten()[above].to(bias.dtype) + bias[columns]
+        scores = hidden_pre if scale is None else hidden_pre * scale[columns]
+        kept = scores > floor
+        if not kept.all():
+            rows, columns, hidden_pre, scores = rows[kept], columns[kept], hidden_pre[kept], scores[kept]
+        found.append(Selection(rows, columns + start, hidden_pre, scores))
+        n_found += scores.numel()
+        if n_found > MOST_CANDIDATES * n:
+            found = [_largest(_concatenated(found), n)]
+            n_found = found[0].scores.numel()
+            floor = found[0].scores.min().item() if n > 0 else torch.inf
+    return _concatenated(found)
+
+
+def _largest(candidates: Selection, n: int) -> Selection:
+    if candidates.scores.numel() <= n:
+        return candidates
+    kept = candidates.scores.topk(n, sorted=False).indices
+    return Selection(*(values[kept] for values in candidates))
+
+
+def _concatenated(parts: list[Selection]) -> Selection:
+    return Selection(*(torch.cat(values) for values in zip(*parts, strict=True)))

@@ -1,0 +1,118 @@
+"""The nested errors, the sparse encoder and the auxiliary loss against dense autograd in float64."""
+
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sae_lens_matryoshka.ops.auxiliary_loss import auxiliary_loss
+from sae_lens_matryoshka.ops.encoder import selected_hidden_pre
+from sae_lens_matryoshka.ops.latents import lay_out
+from sae_lens_matryoshka.ops.nested_loss import nested_errors, nested_errors_reference
+from sae_lens_matryoshka.ops.selection import Selection
+
+WIDTHS = st.lists(st.integers(1, 30), min_size=1, max_size=12, unique=True).map(sorted)
+
+
+def _randn(*shape: int, seed: int, grad: bool = False) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_(grad)
+
+
+def _selection(mask: Tensor, hidden_pre: Tensor) -> Selection:
+    rows, columns = mask.nonzero(as_tuple=True)
+    shuffled = torch.randperm(rows.numel(), generator=torch.Generator().manual_seed(0))
+    rows, columns = rows[shuffled], columns[shuffled]
+    values = hidden_pre.detach()[rows, columns]
+    return Selection(rows, columns, values, values)
+
+
+@settings(max_examples=100, deadline=None)
+@given(WIDTHS, st.integers(1, 9), st.floats(0, 1), st.booleans(), st.integers(0, 1000))
+def test_losses_and_gradients_are_those_of_the_dense_definition(
+    widths: list[int], batch: int, density: float, scaled: bool, seed: int
+):
+    d_in, d_sae = 5, widths[-1]
+    parameters = {
+        "W_enc": _randn(d_in, d_sae, seed=seed, grad=True),
+        "b_enc": _randn(d_sae, seed=seed + 1, grad=True),
+        "W_dec": _randn(d_sae, d_in, seed=seed + 2, grad=True),
+        "b_dec": _randn(d_in, seed=seed + 3, grad=True),
+    }
+    sae_in, target = _randn(batch, d_in, seed=seed + 4), _randn(batch, d_in, seed=seed + 5)
+    row_scale = _randn(batch, 1, seed=seed + 6).abs() if scaled else None
+    level_weights = _randn(len(widths), seed=seed + 7)
+    mask = torch.rand(batch, d_sae, generator=torch.Generator().manual_seed(seed)) < density
+    x = sae_in - parameters["b_dec"]
+    hidden_pre = x @ parameters["W_enc"] + parameters["b_enc"]
+
+    reference = nested_errors_reference(
+        hidden_pre * mask, parameters["W_dec"], parameters["b_dec"], target, widths, row_scale
+    )
+    latents = lay_out(_selection(mask, hidden_pre), batch, widths)
+    coefficients = selected_hidden_pre(x, parameters["W_enc"], parameters["b_enc"], parameters["b_dec"], latents)
+    ours = nested_errors(coefficients, parameters["W_dec"], parameters["b_dec"], target, latents, row_scale)
+
+    torch.testing.assert_close(ours.squared_errors, reference.squared_errors, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(ours.residuals, reference.residuals, rtol=1e-9, atol=1e-12)
+    gradients = [
+        torch.autograd.grad((errors.squared_errors * level_weights).sum(), list(parameters.values()), retain_graph=True)
+        for errors in (ours, ours, reference)  # ours twice: a backward pass must not use up what it needs
+    ]
+    for name, first, second, expected in zip(parameters, *gradients, strict=True):
+        torch.testing.assert_close(first, expected, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+        assert first.equal(second)
+
+
+def test_latents_in_both_orders():
+    mask = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 1]]).bool()
+    values = torch.arange(8.0).reshape(2, 4)
+    latents = lay_out(_selection(mask, values), 2, [1, 3, 4])
+    assert list(zip(latents.rows.tolist(), latents.columns.tolist(), strict=True)) == [
+        *[(0, 0)],
+        *[(0, 2), (1, 1)],
+        *[(0, 3), (1, 3)],
+    ]
+    assert latents.starts.tolist() == [0, 1, 1, 2, 3, 4, 5]
+    assert latents.columns[latents.by_column].tolist() == [0, 1, 2, 3, 3]
+    assert latents.column_starts.tolist() == [0, 1, 2, 3, 5]
+    assert latents.to_sparse(latents.scores).to_dense().equal(values * mask)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 12), st.booleans(), st.booleans(), st.integers(0, 1000))
+def test_auxiliary_loss_is_that_of_the_dense_definition(n_dead: int, column_scaled: bool, row_scaled: bool, seed: int):
+    batch, d_in, d_sae = 4, 6, 12
+    parameters: dict[str, Any] = {
+        "W_enc": _randn(d_in, d_sae, seed=seed, grad=True),
+        "b_enc": _randn(d_sae, seed=seed + 1, grad=True),
+        "W_dec": _randn(d_sae, d_in, seed=seed + 2, grad=True),
+    }
+    x = _randn(batch, d_in, seed=seed + 3, grad=True)
+    residual = _randn(batch, d_in, seed=seed + 4)
+    column_scale = _randn(d_sae, seed=seed + 5).abs() if column_scaled else None
+    row_scale = _randn(batch, 1, seed=seed + 6).abs() if row_scaled else None
+    dead = torch.randperm(d_sae, generator=torch.Generator().manual_seed(seed))[:n_dead].sort().values
+
+    ours = auxiliary_loss(
+        x=x, **parameters, residual=residual, dead=dead, column_scale=column_scale, row_scale=row_scale
+    )
+    if n_dead == 0:
+        assert ours == 0
+        return
+    hidden_pre = x @ parameters["W_enc"] + parameters["b_enc"]
+    scores = hidden_pre.detach() * (1.0 if column_scale is None else column_scale)
+    alive = torch.ones(d_sae, dtype=torch.bool)
+    alive[dead] = False
+    kept = scores.masked_fill(alive, -torch.inf).topk(min(n_dead, d_in // 2)).indices
+    mask = torch.zeros_like(hidden_pre).scatter_(1, kept, 1.0)
+    error = (hidden_pre * mask) @ parameters["W_dec"] - residual
+    if row_scale is not None:
+        error = error * row_scale
+    expected = min(n_dead / 3, 1.0) * error.pow(2).sum(-1).mean()
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=0)
+    inputs = [x, *parameters.values()]
+    for first, second in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-12)
