@@ -9,7 +9,6 @@ its own above what it held before its first step.
 
 import argparse
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -128,16 +127,18 @@ def peak_extra_memory(name: str, shape: Shape, device: str, autocast: bool) -> i
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     else:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        before = pages * resource.getpagesize()
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making the contender and its data
+        before = _status_bytes("VmRSS")
     for x in data:
         step(x)
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if device == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _status_bytes("VmHWM")
     return round((peak - before) / 2**20)
+
+
+def _status_bytes(field: str) -> int:
+    """A field of this process's status. (ru_maxrss would be the largest of this process and its parent.)"""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0]) * 1024
 
 
 def synchronize(device: str) -> None:

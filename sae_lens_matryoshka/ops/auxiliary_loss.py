@@ -14,6 +14,7 @@ def auxiliary_loss(
     W_enc: Float[Tensor, "d_in d_sae"],
     b_enc: Float[Tensor, " d_sae"],
     W_dec: Float[Tensor, "d_sae d_in"],
+    b_dec: Float[Tensor, " d_in"] | None,
     residual: Float[Tensor, "batch d_in"],
     dead: Int[Tensor, " n_dead"],
     column_scale: Float[Tensor, " d_sae"] | None = None,
@@ -24,10 +25,11 @@ def auxiliary_loss(
     Equals SAELens's ``calculate_topk_aux_loss`` before its coefficient.
 
     Args:
-        x: The input of the encoder.
+        x: The input of the encoder, ``b_dec`` already subtracted; gets no gradient itself.
         W_enc: Encoder weights.
         b_enc: Encoder bias.
         W_dec: Decoder weights.
+        b_dec: The decoder bias if it was subtracted from the input, else None.
         residual: What the living latents leave over, target minus reconstruction; gets no gradient.
         dead: Indices of the dead latents.
         column_scale: What pre-activations are multiplied by to choose among the dead; None for 1.
@@ -38,7 +40,11 @@ def auxiliary_loss(
         return x.new_zeros(())
     k_aux = x.shape[-1] // 2
     # rows of the transposed encoder are contiguous where training keeps it column by column
-    hidden_pre = x @ W_enc.t().index_select(0, dead).t() + b_enc.index_select(0, dead)
+    dead_W_enc, dead_b_enc = W_enc.t().index_select(0, dead).t(), b_enc.index_select(0, dead)
+    if b_dec is not None:
+        # worth 0, but b_dec gets its gradient here from one vector, so that none needs to flow back through all of x
+        dead_b_enc = dead_b_enc - (b_dec - b_dec.detach()) @ dead_W_enc
+    hidden_pre = x.detach() @ dead_W_enc + dead_b_enc
     if n_dead > k_aux:
         scores = hidden_pre.detach() if column_scale is None else hidden_pre.detach() * column_scale[dead]
         chosen = torch.zeros_like(hidden_pre).scatter_(1, scores.topk(k_aux, sorted=False).indices, 1.0)
@@ -54,6 +60,7 @@ def matryoshka_auxiliary_loss(
     W_enc: Float[Tensor, "d_in d_sae"],
     b_enc: Float[Tensor, " d_sae"],
     W_dec: Float[Tensor, "d_sae d_in"],
+    b_dec: Float[Tensor, " d_in"] | None,
     level_residuals: Float[Tensor, "n_levels batch d_in"],
     dead_mask: Bool[Tensor, " d_sae"],
     widths: list[int],
@@ -65,10 +72,11 @@ def matryoshka_auxiliary_loss(
     Equals SAELens's ``calculate_matryoshka_aux_loss`` before its coefficient.
 
     Args:
-        x: The input of the encoder.
+        x: The input of the encoder, ``b_dec`` already subtracted; gets no gradient itself.
         W_enc: Encoder weights.
         b_enc: Encoder bias.
         W_dec: Decoder weights.
+        b_dec: The decoder bias if it was subtracted from the input, else None.
         level_residuals: What each level leaves over, target minus reconstruction.
         dead_mask: Which latents are dead.
         widths: The level widths, smallest first.
@@ -79,6 +87,6 @@ def matryoshka_auxiliary_loss(
     narrower = 0
     for residual, width in zip(level_residuals, widths, strict=True):
         dead = dead_mask[narrower:width].nonzero().squeeze(1) + narrower
-        total = total + auxiliary_loss(x, W_enc, b_enc, W_dec, residual, dead, column_scale, row_scale)
+        total = total + auxiliary_loss(x, W_enc, b_enc, W_dec, b_dec, residual, dead, column_scale, row_scale)
         narrower = width
     return total

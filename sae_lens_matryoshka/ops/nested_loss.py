@@ -9,6 +9,7 @@ that level and all larger ones, so with the suffix sums R_l = (2 / batch) sum_{m
 Any number of levels costs the three passes over the non-zeros that one costs (loss: arXiv:2503.17547, section 3).
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from sae_lens_matryoshka.ops.latents import ActiveLatents
 from sae_lens_matryoshka.ops.sparse import sampled_products, weighted_row_sums
+
+BLOCK_ELEMENTS = 2**17
+"""Elements of a level that are worked on at once on CPU: 512 KB in float32."""
 
 
 class NestedErrors(NamedTuple):
@@ -86,13 +90,16 @@ class _NestedErrors(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         n_levels, d_in = len(latents.widths), W_dec.shape[1]
         residuals = weighted_row_sums(W_dec, latents.columns, coefficients, latents.starts).view(n_levels, -1, d_in)
-        squared_errors = residuals.new_empty(n_levels)
+        squared_errors = residuals.new_zeros(n_levels)
         residuals[0] += b_dec - target
-        for level in range(n_levels):
-            if level > 0:
-                residuals[level] += residuals[level - 1]
-            scaled = residuals[level] if row_scale is None else residuals[level] * row_scale
-            squared_errors[level] = torch.linalg.vector_norm(scaled) ** 2 / latents.batch
+        for rows in _row_blocks(latents.batch, d_in):
+            for level in range(n_levels):
+                block = residuals[level, rows]
+                if level > 0:
+                    block += residuals[level - 1, rows]
+                scaled = block if row_scale is None else block * row_scale[rows]
+                squared_errors[level] += torch.linalg.vector_norm(scaled) ** 2
+        squared_errors /= latents.batch
         ctx.save_for_backward(coefficients, W_dec, residuals, row_scale)
         ctx.latents = latents
         ctx.mark_non_differentiable(residuals)
@@ -102,13 +109,14 @@ class _NestedErrors(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         coefficients, W_dec, residuals, row_scale = ctx.saved_tensors
         latents: ActiveLatents = ctx.latents
-        level_grads = grads[0] * (2 / latents.batch)
+        level_grads = (grads[0] * (2 / latents.batch)).tolist()
         suffix_sums = torch.empty_like(residuals)
-        n_levels = residuals.shape[0]
-        for level in reversed(range(n_levels)):
-            torch.mul(residuals[level], level_grads[level], out=suffix_sums[level])
-            if level < n_levels - 1:
-                suffix_sums[level] += suffix_sums[level + 1]
+        last = residuals.shape[0] - 1
+        for rows in _row_blocks(latents.batch, residuals.shape[2]):
+            torch.mul(residuals[last, rows], level_grads[last], out=suffix_sums[last, rows])
+            for level in reversed(range(last)):
+                wider = suffix_sums[level + 1, rows]
+                torch.add(wider, residuals[level, rows], alpha=level_grads[level], out=suffix_sums[level, rows])
         if row_scale is not None:
             suffix_sums *= row_scale.pow(2)
         suffix_rows = suffix_sums.view(-1, W_dec.shape[1])
@@ -118,3 +126,10 @@ class _NestedErrors(torch.autograd.Function):
             suffix_rows, latents.level_rows[order], coefficients[order], latents.column_starts
         )
         return coefficients_grad, W_dec_grad, suffix_sums[0].sum(0), None, None, None
+
+
+def _row_blocks(batch: int, d_in: int) -> Iterator[slice]:
+    """Blocks of samples small enough that one level is still in the cache when the next one is added to it."""
+    size = max(1, BLOCK_ELEMENTS // d_in)
+    for start in range(0, batch, size):
+        yield slice(start, min(start + size, batch))

@@ -1,4 +1,4 @@
-"""BatchTopK's selection without the batch x d_sae matrix and without sorting it, yet exact.
+"""The selections of BatchTopK and TopK without the batch x d_sae matrix and without sorting it, yet exact.
 
 The n largest pre-activations of a batch all lie above some floor. Last step's smallest selected value, lowered a
 little, is a good guess of one: a single comparison pass over each chunk of columns then leaves slightly more than n
@@ -90,6 +90,69 @@ def select_batch_topk(
     if floor > 0 and candidates.scores.numel() < n:
         candidates = _candidates_above(0.0, x, W_enc, b_enc, column_scale, n)
     return _largest(candidates, n)
+
+
+def select_topk_reference(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    column_scale: Float[Tensor, " d_sae"] | None,
+    k: int,
+) -> Selection:
+    """The ``k`` largest positive scores of each sample, found by sorting all of them (arXiv:2406.04093).
+
+    Args:
+        x: The input of the encoder.
+        W_enc: Encoder weights.
+        b_enc: Encoder bias.
+        column_scale: What pre-activations are multiplied by for the comparison; None for 1.
+        k: How many to select a sample; fewer are if fewer scores are positive.
+    """
+    hidden_pre = x @ W_enc + b_enc
+    scores = hidden_pre if column_scale is None else hidden_pre * column_scale
+    values, columns = scores.topk(k, dim=-1)
+    rows = torch.arange(x.shape[0], device=x.device).repeat_interleave(k)
+    rows, columns, values = (part[values.flatten() > 0] for part in (rows, columns.flatten(), values.flatten()))
+    return Selection(rows, columns, hidden_pre[rows, columns], values)
+
+
+@torch.no_grad()
+def select_topk(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    column_scale: Float[Tensor, " d_sae"] | None,
+    k: int,
+    guess: float,
+) -> Selection:
+    """The ``k`` largest positive scores of each sample; the same as :func:`select_topk_reference`, ties aside.
+
+    One comparison pass finds the candidates of all samples above ``guess``; samples left with fewer than ``k`` of them
+    are sorted by themselves.
+
+    Args:
+        x: The input of the encoder.
+        W_enc: Encoder weights, fastest if their columns are contiguous.
+        b_enc: Encoder bias.
+        column_scale: What pre-activations are multiplied by for the comparison; None for 1.
+        k: How many to select a sample; fewer are if fewer scores are positive.
+        guess: A score that most samples' k-th largest is expected to lie above. It affects the speed only.
+    """
+    batch = x.shape[0]
+    candidates = _candidates_above(max(guess, 0.0), x, W_enc, b_enc, column_scale, x.shape[0] * W_enc.shape[1])
+    by_score = candidates.scores.argsort(descending=True)
+    order = by_score[candidates.rows[by_score].argsort(stable=True)]
+    rows = candidates.rows[order]
+    n_candidates = torch.bincount(rows, minlength=batch)
+    rank = torch.arange(rows.numel(), device=x.device) - (n_candidates.cumsum(0) - n_candidates)[rows]
+    enough = n_candidates >= k
+    kept = order[(rank < k) & enough[rows]]
+    found = [Selection(*(values[kept] for values in candidates))]
+    short = (~enough).nonzero().squeeze(1)
+    if short.numel() > 0:
+        sorted_alone = select_topk_reference(x[short], W_enc, b_enc, column_scale, k)
+        found.append(sorted_alone._replace(rows=short[sorted_alone.rows]))
+    return _concatenated(found)
 
 
 def _candidates_above(

@@ -150,7 +150,8 @@ class MatryoshkaTrainingSAE(MatryoshkaBatchTopKTrainingSAE):
         """SAELens's auxiliary loss by its name; ``residuals`` are reconstruction minus target."""
         loss = x.new_zeros(())
         if dead_mask is not None:
-            parameters = (x, self.W_enc, self.b_enc, self.W_dec)
+            subtracted_b_dec = self.b_dec if self.cfg.apply_b_dec_to_input else None
+            parameters = (x, self.W_enc, self.b_enc, self.W_dec, subtracted_b_dec)
             if self.cfg.use_matryoshka_aux_loss:
                 loss = matryoshka_auxiliary_loss(
                     *parameters, -residuals, dead_mask, self.cfg.matryoshka_widths, decoder_norms, row_scale

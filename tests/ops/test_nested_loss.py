@@ -90,14 +90,15 @@ def test_auxiliary_loss_is_that_of_the_dense_definition(n_dead: int, column_scal
         "b_enc": _randn(d_sae, seed=seed + 1, grad=True),
         "W_dec": _randn(d_sae, d_in, seed=seed + 2, grad=True),
     }
-    x = _randn(batch, d_in, seed=seed + 3, grad=True)
-    residual = _randn(batch, d_in, seed=seed + 4)
+    sae_in, residual = _randn(batch, d_in, seed=seed + 3), _randn(batch, d_in, seed=seed + 4)
+    b_dec = _randn(d_in, seed=seed + 7, grad=True)
+    x = sae_in - b_dec
     column_scale = _randn(d_sae, seed=seed + 5).abs() if column_scaled else None
     row_scale = _randn(batch, 1, seed=seed + 6).abs() if row_scaled else None
     dead = torch.randperm(d_sae, generator=torch.Generator().manual_seed(seed))[:n_dead].sort().values
 
     ours = auxiliary_loss(
-        x=x, **parameters, residual=residual, dead=dead, column_scale=column_scale, row_scale=row_scale
+        x=x, **parameters, b_dec=b_dec, residual=residual, dead=dead, column_scale=column_scale, row_scale=row_scale
     )
     if n_dead == 0:
         assert ours == 0
@@ -113,6 +114,6 @@ def test_auxiliary_loss_is_that_of_the_dense_definition(n_dead: int, column_scal
         error = error * row_scale
     expected = min(n_dead / 3, 1.0) * error.pow(2).sum(-1).mean()
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=0)
-    inputs = [x, *parameters.values()]
+    inputs = [b_dec, *parameters.values()]
     for first, second in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(expected, inputs), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-12)

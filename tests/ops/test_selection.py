@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_lens_matryoshka.ops import selection as selection_module
-from sae_lens_matryoshka.ops.selection import Selection, select_batch_topk, select_batch_topk_reference
+from sae_lens_matryoshka.ops.selection import (
+    Selection,
+    select_batch_topk,
+    select_batch_topk_reference,
+    select_topk,
+    select_topk_reference,
+)
 
 
 def _problem(seed: int, batch: int, d_sae: int, bias: float, scaled: bool):
@@ -58,6 +64,24 @@ def test_the_selection_is_that_of_a_sort_whatever_the_guess(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection_module, "CHUNK_ELEMENTS", chunk_elements)
         _assert_same(select_batch_topk(*problem, n, guess), reference)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    batch=st.integers(1, 12),
+    d_sae=st.integers(1, 40),
+    share=st.floats(0.01, 1),
+    guess=st.sampled_from([-1.0, 0.0, 0.5, 2.0, 5.0, 100.0]),
+    bias=st.sampled_from([0.0, -3.0, -100.0, 50.0]),
+    scaled=st.booleans(),
+)
+def test_topk_of_each_sample_is_that_of_a_sort_whatever_the_guess(
+    seed: int, batch: int, d_sae: int, share: float, guess: float, bias: float, scaled: bool
+):
+    problem = _problem(seed, batch, d_sae, bias, scaled)
+    k = max(1, int(share * d_sae))
+    _assert_same(select_topk(*problem, k, guess), select_topk_reference(*problem, k))
 
 
 def test_ties_fill_the_selection_exactly():
