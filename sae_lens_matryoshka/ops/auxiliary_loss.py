@@ -7,6 +7,7 @@ largest scores, at most all of them (Gao et al., arXiv:2406.04093, appendix A.2,
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import embedding
 
 
 def auxiliary_loss(
@@ -49,7 +50,8 @@ def auxiliary_loss(
         scores = hidden_pre.detach() if column_scale is None else hidden_pre.detach() * column_scale[dead]
         chosen = torch.zeros_like(hidden_pre).scatter_(1, scores.topk(k_aux, sorted=False).indices, 1.0)
         hidden_pre = hidden_pre * chosen
-    error = hidden_pre @ W_dec.index_select(0, dead) - residual.detach()
+    # a sparse gradient: autograd adds the dead rows to the gradient that W_dec has from the nested loss
+    error = hidden_pre @ embedding(dead, W_dec, sparse=True) - residual.detach()
     if row_scale is not None:
         error = error * row_scale
     return min(n_dead / k_aux, 1.0) * error.pow(2).sum(-1).mean()

@@ -9,6 +9,7 @@ that level and all larger ones, so with the suffix sums R_l = (2 / batch) sum_{m
 Any number of levels costs the three passes over the non-zeros that one costs (loss: arXiv:2503.17547, section 3).
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -26,11 +27,17 @@ BLOCK_ELEMENTS = 2**17
 class NestedErrors(NamedTuple):
     """What the levels of a dictionary leave unexplained of a batch."""
 
-    squared_errors: Float[Tensor, " n_levels"]
-    """Each level's squared error, summed over dimensions and averaged over samples. Carries the gradient."""
+    loss: Float[Tensor, ""]
+    """The levels' squared errors, weighted and summed. Alone carries the gradient."""
 
-    residuals: Float[Tensor, "n_levels batch d_in"]
-    """Each level's reconstruction minus the target. Without gradient."""
+    squared_errors: Float[Tensor, " n_levels"]
+    """Each level's squared error, summed over dimensions and averaged over samples."""
+
+    residual: Float[Tensor, "batch d_in"]
+    """The full level's reconstruction minus the target."""
+
+    level_residuals: Float[Tensor, "n_levels batch d_in"] | None
+    """The same for every level, if asked for."""
 
 
 def nested_errors_reference(
@@ -39,6 +46,7 @@ def nested_errors_reference(
     b_dec: Float[Tensor, " d_in"],
     target: Float[Tensor, "batch d_in"],
     widths: list[int],
+    level_weights: list[float] | None = None,
     row_scale: Float[Tensor, "batch 1"] | None = None,
 ) -> NestedErrors:
     """The errors of all levels by their definition, a dense product a level.
@@ -49,11 +57,15 @@ def nested_errors_reference(
         b_dec: Decoder bias.
         target: What to reconstruct.
         widths: The level widths, smallest first.
+        level_weights: The weight of each level's squared error in the loss; None for 1.
         row_scale: What the residuals of each sample are multiplied by before squaring; None for 1.
     """
     residuals = torch.stack([coefficients[:, :width] @ W_dec[:width] + b_dec - target for width in widths])
     scaled = residuals if row_scale is None else residuals * row_scale
-    return NestedErrors(scaled.pow(2).sum(-1).mean(-1), residuals.detach())
+    squared_errors = scaled.pow(2).sum(-1).mean(-1)
+    weights = squared_errors.new_tensor(level_weights or [1.0] * len(widths))
+    loss = (weights * squared_errors).sum()
+    return NestedErrors(loss, squared_errors.detach(), residuals[-1].detach(), residuals.detach())
 
 
 def nested_errors(
@@ -62,7 +74,9 @@ def nested_errors(
     b_dec: Float[Tensor, " d_in"],
     target: Float[Tensor, "batch d_in"],
     latents: ActiveLatents,
+    level_weights: list[float] | None = None,
     row_scale: Float[Tensor, "batch 1"] | None = None,
+    keep_level_residuals: bool = False,
 ) -> NestedErrors:
     """The same as :func:`nested_errors_reference`, from the non-zeros only.
 
@@ -72,12 +86,18 @@ def nested_errors(
         b_dec: Decoder bias.
         target: What to reconstruct; gets no gradient.
         latents: The active latents.
+        level_weights: The weight of each level's squared error in the loss; None for 1.
         row_scale: What the residuals of each sample are multiplied by before squaring; None for 1.
+        keep_level_residuals: Whether to return every level's residual, which costs an array of that size.
     """
-    return NestedErrors(*_NestedErrors.apply(coefficients, W_dec, b_dec, target, latents, row_scale))  # type: ignore[misc]
+    weights = level_weights or [1.0] * len(latents.widths)
+    outputs = _NestedErrors.apply(coefficients, W_dec, b_dec, target, latents, weights, row_scale, keep_level_residuals)
+    return NestedErrors(*outputs)  # type: ignore[misc]
 
 
 class _NestedErrors(torch.autograd.Function):
+    """Turns the residuals into their suffix sums while they are at hand, so that a single array serves both passes."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -86,46 +106,52 @@ class _NestedErrors(torch.autograd.Function):
         b_dec: Tensor,
         target: Tensor,
         latents: ActiveLatents,
+        level_weights: list[float],
         row_scale: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+        keep_level_residuals: bool,
+    ) -> tuple[Tensor | None, ...]:
         n_levels, d_in = len(latents.widths), W_dec.shape[1]
-        residuals = weighted_row_sums(W_dec, latents.columns, coefficients, latents.starts).view(n_levels, -1, d_in)
-        squared_errors = residuals.new_zeros(n_levels)
-        residuals[0] += b_dec - target
+        levels = weighted_row_sums(W_dec, latents.columns, coefficients, latents.starts).view(n_levels, -1, d_in)
+        levels[0] += b_dec - target
+        squared_errors = levels.new_zeros(n_levels)
+        residual = torch.empty_like(target)
+        level_residuals = torch.empty_like(levels) if keep_level_residuals else None
+        gradient_weights = [2 * weight / latents.batch for weight in level_weights]
         for rows in _row_blocks(latents.batch, d_in):
-            for level in range(n_levels):
-                block = residuals[level, rows]
-                if level > 0:
-                    block += residuals[level - 1, rows]
+            blocks = [level[rows] for level in levels]
+            for narrower, block in itertools.pairwise(blocks):
+                block += narrower
+            for index, block in enumerate(blocks):
                 scaled = block if row_scale is None else block * row_scale[rows]
-                squared_errors[level] += torch.linalg.vector_norm(scaled) ** 2
+                squared_errors[index] += torch.linalg.vector_norm(scaled) ** 2
+            residual[rows] = blocks[-1]
+            if level_residuals is not None:
+                level_residuals[:, rows] = levels[:, rows]
+            # from here on the blocks are suffix sums, R_l in the module's docstring
+            blocks[-1] *= gradient_weights[-1]
+            for index in reversed(range(n_levels - 1)):
+                torch.add(blocks[index + 1], blocks[index], alpha=gradient_weights[index], out=blocks[index])
+        if row_scale is not None:
+            levels *= row_scale.pow(2)
         squared_errors /= latents.batch
-        ctx.save_for_backward(coefficients, W_dec, residuals, row_scale)
+        loss = (squared_errors * squared_errors.new_tensor(level_weights)).sum()
+        ctx.save_for_backward(coefficients, W_dec, levels)
         ctx.latents = latents
-        ctx.mark_non_differentiable(residuals)
-        return squared_errors, residuals
+        ctx.mark_non_differentiable(squared_errors, residual, *([] if level_residuals is None else [level_residuals]))
+        return loss, squared_errors, residual, level_residuals
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        coefficients, W_dec, residuals, row_scale = ctx.saved_tensors
+        coefficients, W_dec, suffix_sums = ctx.saved_tensors
         latents: ActiveLatents = ctx.latents
-        level_grads = (grads[0] * (2 / latents.batch)).tolist()
-        suffix_sums = torch.empty_like(residuals)
-        last = residuals.shape[0] - 1
-        for rows in _row_blocks(latents.batch, residuals.shape[2]):
-            torch.mul(residuals[last, rows], level_grads[last], out=suffix_sums[last, rows])
-            for level in reversed(range(last)):
-                wider = suffix_sums[level + 1, rows]
-                torch.add(wider, residuals[level, rows], alpha=level_grads[level], out=suffix_sums[level, rows])
-        if row_scale is not None:
-            suffix_sums *= row_scale.pow(2)
+        loss_grad = grads[0]
         suffix_rows = suffix_sums.view(-1, W_dec.shape[1])
-        coefficients_grad = sampled_products(suffix_rows, W_dec, latents.columns, latents.starts)
+        coefficients_grad = sampled_products(suffix_rows, W_dec, latents.columns, latents.starts) * loss_grad
         order = latents.by_column
         W_dec_grad = weighted_row_sums(
-            suffix_rows, latents.level_rows[order], coefficients[order], latents.column_starts
+            suffix_rows, latents.level_rows[order], (coefficients * loss_grad)[order], latents.column_starts
         )
-        return coefficients_grad, W_dec_grad, suffix_sums[0].sum(0), None, None, None
+        return coefficients_grad, W_dec_grad, suffix_sums[0].sum(0) * loss_grad, *[None] * 5
 
 
 def _row_blocks(batch: int, d_in: int) -> Iterator[slice]:

@@ -18,7 +18,7 @@ from typing_extensions import override
 from sae_lens_matryoshka.ops.auxiliary_loss import auxiliary_loss, matryoshka_auxiliary_loss
 from sae_lens_matryoshka.ops.encoder import selected_hidden_pre
 from sae_lens_matryoshka.ops.latents import lay_out
-from sae_lens_matryoshka.ops.nested_loss import nested_errors, nested_errors_reference
+from sae_lens_matryoshka.ops.nested_loss import NestedErrors, nested_errors, nested_errors_reference
 from sae_lens_matryoshka.ops.selection import select_batch_topk
 from sae_lens_matryoshka.saes.matryoshka_training_config import MatryoshkaTrainingSAEConfig
 
@@ -73,8 +73,8 @@ class MatryoshkaTrainingSAE(MatryoshkaBatchTopKTrainingSAE):
 
         ``losses`` holds every level's mean squared error unweighted (``mse_loss`` for the full width,
         ``inner_mse_loss_<width>`` for the others), so that runs with different level weights compare; ``loss`` is
-        their weighted sum plus the auxiliary loss. On the fast path ``feature_acts`` and ``hidden_pre`` are sparse
-        and hold the selected latents only.
+        their weighted sum plus the auxiliary loss. On the fast path only ``loss`` carries a gradient, and
+        ``feature_acts`` and ``hidden_pre`` are sparse and hold the selected latents only.
 
         Args:
             step_input: What SAELens's trainer hands over; ``sae_in`` has shape (batch, d_in).
@@ -92,8 +92,8 @@ class MatryoshkaTrainingSAE(MatryoshkaBatchTopKTrainingSAE):
         fast = self.training_path.fast and sae_in.ndim == 2 and not sae_in.requires_grad
         output = self._fast_forward_pass(step_input) if fast else super().training_forward_pass(step_input)
         level_losses = [output.losses[_mse_loss_name(width, self.cfg.d_sae)] for width in self.cfg.matryoshka_widths]
-        if self.cfg.level_weights is not None:
-            # so far every level has been counted once
+        if not fast and self.cfg.level_weights is not None:
+            # SAELens has counted every level once
             for weight, level_loss in zip(self.cfg.level_weights, level_losses, strict=True):
                 output.loss = output.loss + (weight - 1) * level_loss
         if not compiling and not output.loss.isfinite():
@@ -124,41 +124,55 @@ class MatryoshkaTrainingSAE(MatryoshkaBatchTopKTrainingSAE):
             x, self.W_enc, self.b_enc, self.b_dec if cfg.apply_b_dec_to_input else None, latents
         )
         target, row_scale = self._target_before_normalization_is_undone(step_input.sae_in)
-        errors = nested_errors(coefficients, self.W_dec, self.b_dec, target, latents, row_scale)
+        errors = nested_errors(
+            coefficients,
+            self.W_dec,
+            self.b_dec,
+            target,
+            latents,
+            cfg.level_weights,
+            row_scale,
+            keep_level_residuals=cfg.use_matryoshka_aux_loss,
+        )
         losses = {"mse_loss": errors.squared_errors[-1]}
-        losses.update(self._auxiliary_loss(x, errors.residuals, step_input.dead_neuron_mask, decoder_norms, row_scale))
+        losses.update(self._auxiliary_loss(x, errors, step_input.dead_neuron_mask, decoder_norms, row_scale))
         for width, squared_error in zip(cfg.matryoshka_widths[:-1], errors.squared_errors, strict=False):
             losses[_mse_loss_name(width, cfg.d_sae)] = squared_error
-        error = errors.residuals[-1] if row_scale is None else errors.residuals[-1] * row_scale
+        error = errors.residual if row_scale is None else errors.residual * row_scale
         return TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=step_input.sae_in + error,
             feature_acts=latents.to_sparse(latents.scores),
             hidden_pre=latents.to_sparse(latents.hidden_pre),
-            loss=torch.stack(list(losses.values())).sum(),
+            loss=errors.loss + losses["auxiliary_reconstruction_loss"],
             losses=losses,
         )
 
     def _auxiliary_loss(
         self,
         x: Float[Tensor, "batch d_in"],
-        residuals: Float[Tensor, "n_levels batch d_in"],
+        errors: NestedErrors,
         dead_mask: Tensor | None,
         decoder_norms: Float[Tensor, " d_sae"] | None,
         row_scale: Float[Tensor, "batch 1"] | None,
     ) -> dict[str, Tensor]:
-        """SAELens's auxiliary loss by its name; ``residuals`` are reconstruction minus target."""
+        """SAELens's auxiliary loss by its name."""
         loss = x.new_zeros(())
         if dead_mask is not None:
             subtracted_b_dec = self.b_dec if self.cfg.apply_b_dec_to_input else None
             parameters = (x, self.W_enc, self.b_enc, self.W_dec, subtracted_b_dec)
-            if self.cfg.use_matryoshka_aux_loss:
+            if errors.level_residuals is not None and self.cfg.use_matryoshka_aux_loss:
                 loss = matryoshka_auxiliary_loss(
-                    *parameters, -residuals, dead_mask, self.cfg.matryoshka_widths, decoder_norms, row_scale
+                    *parameters,
+                    -errors.level_residuals,
+                    dead_mask,
+                    self.cfg.matryoshka_widths,
+                    decoder_norms,
+                    row_scale,
                 )
             else:
                 dead = dead_mask.nonzero().squeeze(1)
-                loss = auxiliary_loss(*parameters, -residuals[-1], dead, decoder_norms, row_scale)
+                loss = auxiliary_loss(*parameters, -errors.residual, dead, decoder_norms, row_scale)
         return {"auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * loss}
 
     @override
@@ -172,11 +186,9 @@ class MatryoshkaTrainingSAE(MatryoshkaBatchTopKTrainingSAE):
         norms = self.W_dec.norm(dim=-1)
         coefficients = feature_acts / norms if self.cfg.rescale_acts_by_decoder_norm else feature_acts
         target, row_scale = self._target_before_normalization_is_undone(step_input.sae_in)
-        residuals = nested_errors_reference(
-            coefficients, self.W_dec, self.b_dec, target, self.cfg.matryoshka_widths, row_scale
-        ).residuals
+        errors = nested_errors_reference(coefficients, self.W_dec, self.b_dec, target, self.cfg.matryoshka_widths)
         column_scale = norms.detach() if self.cfg.rescale_acts_by_decoder_norm else None
-        return self._auxiliary_loss(x, residuals, step_input.dead_neuron_mask, column_scale, row_scale)
+        return self._auxiliary_loss(x, errors, step_input.dead_neuron_mask, column_scale, row_scale)
 
     @override
     @torch.no_grad()

@@ -17,7 +17,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 
-from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
 
 WIDTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12, unique=True).map(sorted)
 NORMALIZED = ("layer_norm", "constant_norm_rescale")
@@ -90,7 +90,8 @@ def _assert_same_step(
     apply_b_dec=st.booleans(),
     matryoshka_aux=st.booleans(),
     weighted=st.booleans(),
-    normalize=st.sampled_from(["none", "expected_average_only_in"]),
+    normalize=st.sampled_from(["none", "expected_average_only_in", "covariance_whitening"]),
+    reshape=st.sampled_from(["none", "hook_z"]),
     seed=st.integers(0, 10**6),
 )
 def test_every_loss_and_gradient_in_float64(
@@ -103,6 +104,7 @@ def test_every_loss_and_gradient_in_float64(
     matryoshka_aux: bool,
     weighted: bool,
     normalize: str,
+    reshape: str,
     seed: int,
 ):
     d_sae = widths[-1]
@@ -119,6 +121,7 @@ def test_every_loss_and_gradient_in_float64(
         apply_b_dec_to_input=apply_b_dec,
         use_matryoshka_aux_loss=matryoshka_aux,
         normalize_activations=normalize,
+        reshape_activations=reshape,
         dtype="float64",
     )
     dead = torch.randperm(d_sae, generator=generator)[: int(dead_share * d_sae)].tolist()
@@ -222,6 +225,23 @@ def test_three_hundred_steps_stay_with_saelens():
         torch.testing.assert_close(smallest, their_acts[their_acts > 0].min(), rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(trainers[0].act_freq_scores, trainers[1].act_freq_scores, rtol=0.05, atol=20)
     assert trainers[0].dead_neurons.sum() == pytest.approx(trainers[1].dead_neurons.sum().item(), abs=3)
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("normalize", ["expected_average_only_in", "covariance_whitening"])
+def test_normalizations_of_the_data_set_are_folded_as_in_saelens(normalize: str, rescale: bool):
+    cfg: dict[str, Any] = {"d_in": 8, "d_sae": 40, "k": 4, "matryoshka_widths": [8, 40], "dtype": "float64"}
+    ours, theirs = _pair(0, **cfg, normalize_activations=normalize, rescale_acts_by_decoder_norm=rescale)
+    trainer_cfg = SAETrainerConfig(30 * 64, 64, lr=1e-3, lr_end=1e-3, n_batches_for_norm_estimate=10)
+    for sae in (ours, theirs):
+        generator = torch.Generator().manual_seed(1)
+        data = iter([torch.randn(64, 8, generator=generator, dtype=torch.float64) * 5 + 3 for _ in range(40)])
+        SAETrainer(trainer_cfg, sae, data).fit()
+    assert ours.cfg.normalize_activations == "none"
+    x = torch.randn(50, 8, dtype=torch.float64) * 5 + 3
+    theirs.topk_threshold = ours.topk_threshold  # only the threshold is meant to differ
+    expected = MatryoshkaSAE.from_sae(theirs)(x)
+    torch.testing.assert_close(MatryoshkaSAE.from_sae(ours)(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_hooks_see_the_dense_tensors_that_saelens_shows():
