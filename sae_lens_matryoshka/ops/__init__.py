@@ -1,6 +1,6 @@
 """The mathematics of a training step: for each operation a readable reference and a fast version that agree.
 
-Nothing of size batch x d_sae is made here. The data's way through a step:
+The fast versions make nothing of size batch x d_sae. The data's way through a step:
 
     sae_in -> selection.py  finds the latents that BatchTopK keeps, column chunk by column chunk
            -> latents.py    lays them out by level and sample, and by latent

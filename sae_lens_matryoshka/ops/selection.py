@@ -24,7 +24,7 @@ MOST_CANDIDATES = 4
 
 
 class Selection(NamedTuple):
-    """The entries of a batch x d_sae matrix that BatchTopK keeps, in no particular order."""
+    """The entries of a batch x d_sae matrix that are kept, in no particular order."""
 
     rows: Int[Tensor, " n"]
     """The sample of each entry."""
@@ -139,7 +139,7 @@ def select_topk(
         guess: A score that most samples' k-th largest is expected to lie above. It affects the speed only.
     """
     batch = x.shape[0]
-    candidates = _candidates_above(max(guess, 0.0), x, W_enc, b_enc, column_scale, x.shape[0] * W_enc.shape[1])
+    candidates = _candidates_above(max(guess, 0.0), x, W_enc, b_enc, column_scale, batch * W_enc.shape[1])
     by_score = candidates.scores.argsort(descending=True)
     order = by_score[candidates.rows[by_score].argsort(stable=True)]
     rows = candidates.rows[order]
