@@ -1,6 +1,7 @@
 """Matryoshka sparse autoencoders for SAELens (Bussmann et al., ICML 2025, arXiv:2503.17547).
 
-Importing this package registers the architecture ``matryoshka`` with SAELens, for training and for inference.
+Importing this package registers with SAELens the architectures ``matryoshka`` (BatchTopK), ``matryoshka_topk``,
+``matryoshka_jumprelu`` and ``matryoshka_standard`` for training, and their levels for inference.
 """
 
 from importlib.metadata import version
@@ -8,19 +9,49 @@ from importlib.metadata import version
 from sae_lens_matryoshka.calibration import ThresholdCalibration, calibrate_threshold
 from sae_lens_matryoshka.level_metrics import LevelMetrics, measure_levels
 from sae_lens_matryoshka.levels import geometric_widths, paper_widths
+from sae_lens_matryoshka.prefix_sampling import PrefixSampling
 from sae_lens_matryoshka.registration import register
+from sae_lens_matryoshka.saes.matryoshka_batchtopk import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.saes.matryoshka_jumprelu import (
+    MatryoshkaJumpReLUTrainingSAE,
+    MatryoshkaJumpReLUTrainingSAEConfig,
+)
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig
-from sae_lens_matryoshka.saes.matryoshka_training_config import MatryoshkaTrainingSAEConfig
-from sae_lens_matryoshka.saes.matryoshka_training_sae import MatryoshkaTrainingSAE
+from sae_lens_matryoshka.saes.matryoshka_sae_kinds import (
+    MatryoshkaJumpReLUSAE,
+    MatryoshkaJumpReLUSAEConfig,
+    MatryoshkaStandardSAE,
+    MatryoshkaStandardSAEConfig,
+    MatryoshkaTopKSAE,
+    MatryoshkaTopKSAEConfig,
+)
+from sae_lens_matryoshka.saes.matryoshka_standard import (
+    MatryoshkaStandardTrainingSAE,
+    MatryoshkaStandardTrainingSAEConfig,
+)
+from sae_lens_matryoshka.saes.matryoshka_topk import MatryoshkaTopKTrainingSAE, MatryoshkaTopKTrainingSAEConfig
 
 __version__ = version("sae-lens-matryoshka")
 
 __all__ = [
     "LevelMetrics",
+    "MatryoshkaJumpReLUSAE",
+    "MatryoshkaJumpReLUSAEConfig",
+    "MatryoshkaJumpReLUTrainingSAE",
+    "MatryoshkaJumpReLUTrainingSAEConfig",
     "MatryoshkaSAE",
     "MatryoshkaSAEConfig",
+    "MatryoshkaStandardSAE",
+    "MatryoshkaStandardSAEConfig",
+    "MatryoshkaStandardTrainingSAE",
+    "MatryoshkaStandardTrainingSAEConfig",
+    "MatryoshkaTopKSAE",
+    "MatryoshkaTopKSAEConfig",
+    "MatryoshkaTopKTrainingSAE",
+    "MatryoshkaTopKTrainingSAEConfig",
     "MatryoshkaTrainingSAE",
     "MatryoshkaTrainingSAEConfig",
+    "PrefixSampling",
     "ThresholdCalibration",
     "calibrate_threshold",
     "geometric_widths",

@@ -13,6 +13,8 @@ from sae_lens import BatchTopKTrainingSAE, JumpReLUSAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
+
 
 @dataclass(frozen=True)
 class ThresholdCalibration:
@@ -33,7 +35,7 @@ class ThresholdCalibration:
 
 @torch.no_grad()
 def calibrate_threshold(
-    sae: BatchTopKTrainingSAE | JumpReLUSAE,
+    sae: BatchTopKTrainingSAE | JumpReLUSAE | MatryoshkaSAE,
     activations: Iterable[Float[Tensor, "batch d_in"]],
     n_samples: int = 100_000,
     target_l0: float | None = None,
@@ -45,7 +47,8 @@ def calibrate_threshold(
     latent, and all of them move by the same amount, so learned differences between latents stay.
 
     Args:
-        sae: A BatchTopK training SAE (ours or SAELens's) or a JumpReLU SAE (``MatryoshkaSAE`` is one).
+        sae: A BatchTopK training SAE (ours or SAELens's) or a JumpReLU SAE (Matryoshka SAEs trained
+            with BatchTopK are).
         activations: Batches of shape (batch, d_in) as the SAE takes them, that is scaled where training scales them.
             Only as many are drawn as are needed.
         n_samples: How many samples to use. Fewer are used if ``activations`` ends early.
@@ -54,7 +57,12 @@ def calibrate_threshold(
     Raises:
         ValueError: If ``target_l0`` is not given and not recorded, is not in (0, d_sae], if ``n_samples`` is not
             positive, or if there are no activations or any that are not finite.
+        TypeError: If the SAE has no threshold: TopK and standard SAEs.
     """
+    if not isinstance(sae, BatchTopKTrainingSAE | JumpReLUSAE):
+        raise TypeError(
+            f"A {type(sae).__name__} has no threshold to calibrate; pass a JumpReLU SAE or a BatchTopK training SAE."
+        )
     target_l0 = _target_l0(sae, target_l0)
     if n_samples < 1:
         raise ValueError(f"n_samples={n_samples} must be positive.")

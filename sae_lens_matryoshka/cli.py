@@ -16,6 +16,7 @@ from sae_lens_matryoshka.config_files import read_run_file
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.runner import train
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
+from sae_lens_matryoshka.saes.matryoshka_sae_kinds import MatryoshkaJumpReLUSAE, MatryoshkaTopKSAE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -141,15 +142,14 @@ def _inspect(options: argparse.Namespace) -> None:
 
     console = Console()
     metadata = sae.cfg.metadata
-    table = Table(
-        "level", "width", "new latents", "threshold (min / median / max)", "parameters", title=str(options.sae)
-    )
+    title = f"{options.sae} ({sae.saved_architecture()})"
+    fires = "fires above (min / median / max)" if isinstance(sae, MatryoshkaJumpReLUSAE) else "fires"
+    table = Table("level", "width", "new latents", fires, "parameters", title=title)
     narrower = 0
     for level, width in enumerate(sae.widths):
-        threshold = sae.threshold[narrower:width].detach().float()
         table.add_row(
             str(level), str(width), str(width - narrower),
-            f"{threshold.min():.4g} / {threshold.median():.4g} / {threshold.max():.4g}",
+            _firing_rule(sae, narrower, width),
             f"{2 * width * (sae.cfg.d_in + 1) + sae.cfg.d_in:,}",
         )  # fmt: skip
         narrower = width
@@ -168,6 +168,16 @@ def _inspect(options: argparse.Namespace) -> None:
     for name, value in facts.items():
         if value is not None:
             console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
+
+
+def _firing_rule(sae: MatryoshkaSAE, narrower: int, width: int) -> str:
+    """What a level's own latents must do to fire."""
+    if isinstance(sae, MatryoshkaTopKSAE):
+        return f"the {min(sae.cfg.k, width)} largest"
+    if not isinstance(sae, MatryoshkaJumpReLUSAE):
+        return "above 0"
+    threshold = sae.threshold[narrower:width].detach().float()
+    return f"{threshold.min():.4g} / {threshold.median():.4g} / {threshold.max():.4g}"
 
 
 def _parse_widths(text: str) -> list[int]:

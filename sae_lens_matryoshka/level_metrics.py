@@ -52,14 +52,16 @@ def measure_levels(
         ValueError: If there are no activations.
     """
     explained_variance = [ExplainedVarianceCalculator() for _ in sae.widths]
-    n_firings = torch.zeros(sae.cfg.d_sae, dtype=torch.long, device=sae.device)
+    n_firings = torch.zeros(sae.n_levels, sae.cfg.d_sae, dtype=torch.long, device=sae.device)
     n_seen = 0
     with tqdm(total=n_samples, desc="Measuring levels", leave=False) as progress:
         for batch in activations:
             x = batch[: n_samples - n_seen].to(sae.device)
-            feature_acts = sae.encode(x)
-            n_firings += (feature_acts != 0).sum(0)
-            for calculator, reconstruction in zip(explained_variance, sae.decode_levels(feature_acts), strict=True):
+            level_acts = sae.encode_levels(x)
+            for level, acts in enumerate(level_acts):
+                n_firings[level][: acts.shape[-1]] += (acts != 0).reshape(-1, acts.shape[-1]).sum(0)
+            reconstructions = sae.decode_each_level(level_acts)
+            for calculator, reconstruction in zip(explained_variance, reconstructions, strict=True):
                 calculator.add_batch(reconstruction, x)
             n_seen += x.shape[0]
             progress.update(x.shape[0])
@@ -71,9 +73,9 @@ def measure_levels(
         LevelMetrics(
             level=level,
             width=width,
-            l0=n_firings[:width].sum().item() / n_seen,
+            l0=n_firings[level].sum().item() / n_seen,
             fvu=1 - explained_variance[level].compute(),
-            dead=int((n_firings[:width] == 0).sum()),
+            dead=int((n_firings[level, :width] == 0).sum()),
         )
         for level, width in enumerate(sae.widths)
     ]

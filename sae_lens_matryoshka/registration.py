@@ -1,13 +1,32 @@
-"""Making ``matryoshka`` known to SAELens, which has no plugin discovery of its own: importing the package does it."""
+"""Making our architectures known to SAELens, which has no plugin discovery: importing the package does it."""
 
 from typing import Any
 
-from sae_lens import register_sae_class, register_sae_training_class
+from sae_lens import SAE, TrainingSAE, register_sae_class, register_sae_training_class
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
-from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig
-from sae_lens_matryoshka.saes.matryoshka_training_config import MatryoshkaTrainingSAEConfig
-from sae_lens_matryoshka.saes.matryoshka_training_sae import MatryoshkaTrainingSAE
+from sae_lens_matryoshka.saes.matryoshka_batchtopk import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.saes.matryoshka_jumprelu import (
+    MatryoshkaJumpReLUTrainingSAE,
+    MatryoshkaJumpReLUTrainingSAEConfig,
+)
+from sae_lens_matryoshka.saes.matryoshka_sae_kinds import KINDS
+from sae_lens_matryoshka.saes.matryoshka_standard import (
+    MatryoshkaStandardTrainingSAE,
+    MatryoshkaStandardTrainingSAEConfig,
+)
+from sae_lens_matryoshka.saes.matryoshka_topk import MatryoshkaTopKTrainingSAE, MatryoshkaTopKTrainingSAEConfig
+
+TRAINING_CLASSES: list[tuple[type[TrainingSAE[Any]], type[Any]]] = [
+    (MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig),
+    (MatryoshkaTopKTrainingSAE, MatryoshkaTopKTrainingSAEConfig),
+    (MatryoshkaJumpReLUTrainingSAE, MatryoshkaJumpReLUTrainingSAEConfig),
+    (MatryoshkaStandardTrainingSAE, MatryoshkaStandardTrainingSAEConfig),
+]
+"""Our architectures for training."""
+
+INFERENCE_CLASSES: list[tuple[type[SAE[Any]], type[Any]]] = list(KINDS.values())
+"""Our architectures for inference: what SAEs become once they have levels."""
 
 
 def register() -> None:
@@ -17,15 +36,18 @@ def register() -> None:
         RuntimeError: If another package has already registered one of our architecture names. Neither registry is
             changed then.
     """
-    inference = MatryoshkaSAEConfig.architecture()
-    training = MatryoshkaTrainingSAEConfig.architecture()
-    _check_not_foreign(SAE_CLASS_REGISTRY, inference, MatryoshkaSAE)
-    _check_not_foreign(SAE_TRAINING_CLASS_REGISTRY, training, MatryoshkaTrainingSAE)
-    # an older copy of our own classes, left by a reload, gives way to the current one
-    SAE_CLASS_REGISTRY.pop(inference, None)
-    SAE_TRAINING_CLASS_REGISTRY.pop(training, None)
-    register_sae_class(inference, MatryoshkaSAE, MatryoshkaSAEConfig)
-    register_sae_training_class(training, MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig)
+    registries = ((SAE_TRAINING_CLASS_REGISTRY, TRAINING_CLASSES), (SAE_CLASS_REGISTRY, INFERENCE_CLASSES))
+    for registry, classes in registries:
+        for sae_class, config_class in classes:
+            _check_not_foreign(registry, config_class.architecture(), sae_class)
+    for registry, classes in registries:
+        for _, config_class in classes:
+            # an older copy of our own classes, left by a reload, gives way to the current one
+            registry.pop(config_class.architecture(), None)
+    for sae_class, config_class in INFERENCE_CLASSES:
+        register_sae_class(config_class.architecture(), sae_class, config_class)
+    for sae_class, config_class in TRAINING_CLASSES:
+        register_sae_training_class(config_class.architecture(), sae_class, config_class)
 
 
 def _check_not_foreign(registry: dict[str, tuple[Any, Any]], architecture: str, our_class: type) -> None:

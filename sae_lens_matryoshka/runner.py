@@ -18,7 +18,6 @@ from sae_lens import (
     SAE,
     ActivationsStore,
     BatchTopKTrainingSAE,
-    JumpReLUSAE,
     LanguageModelSAERunnerConfig,
     LanguageModelSAETrainingRunner,
     MultiSAETrainingRunner,
@@ -39,6 +38,7 @@ from sae_lens_matryoshka.config_files import ConfigError, build_runner_configs
 from sae_lens_matryoshka.level_metrics import LevelMetrics, measure_levels
 from sae_lens_matryoshka.output_folders import check_output, staged_folder
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, recorded_widths
+from sae_lens_matryoshka.saes.matryoshka_sae_kinds import KINDS
 from sae_lens_matryoshka.synthetic_benchmark import SyntheticScores, plot_scores, score_on_synthetic_model
 
 LEVELS_FILENAME = "levels.csv"
@@ -229,7 +229,7 @@ def _calibrate(
 def _measure_saved(path: Path, activations: Iterable[Tensor], n_samples: int, device: str) -> list[LevelMetrics]:
     """Measure what was saved, read back as a user would, and write the figures beside it."""
     sae = SAE.load_from_disk(path, device=device)
-    if not isinstance(sae, JumpReLUSAE):
+    if sae.cfg.architecture() not in KINDS:
         return []
     widths = recorded_widths(sae.cfg.to_dict()) or [sae.cfg.d_sae]
     levels = measure_levels(MatryoshkaSAE.from_sae(sae, widths), activations, n_samples)

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
@@ -9,7 +10,7 @@ os.environ["WANDB_MODE"] = "offline"
 import pytest
 import torch
 
-from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaSAEConfig
+from sae_lens_matryoshka import MatryoshkaJumpReLUSAE, MatryoshkaJumpReLUSAEConfig
 
 TINYSTORIES = Path(__file__).parents[2] / "shared" / "tinystories"
 
@@ -23,14 +24,14 @@ def tinystories() -> Path:
 
 
 @pytest.fixture
-def matryoshka_sae() -> MatryoshkaSAE:
+def matryoshka_sae() -> MatryoshkaJumpReLUSAE:
     """An SAE with random parameters, a threshold a latent and levels 1, 3, 8 and 20 wide."""
     return random_matryoshka_sae([1, 3, 8, 20])
 
 
-def random_matryoshka_sae(widths: list[int], d_in: int = 6, seed: int = 0, **cfg: object) -> MatryoshkaSAE:
+def random_matryoshka_sae(widths: list[int], d_in: int = 6, seed: int = 0, **cfg: Any) -> MatryoshkaJumpReLUSAE:
     torch.manual_seed(seed)
-    sae = MatryoshkaSAE(MatryoshkaSAEConfig(d_in, widths[-1], matryoshka_widths=widths, **cfg))  # type: ignore[arg-type]
+    sae = MatryoshkaJumpReLUSAE(MatryoshkaJumpReLUSAEConfig(d_in, widths[-1], matryoshka_widths=widths, **cfg))
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.normal_()

@@ -7,10 +7,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, TopKSAE, TopKSAEConfig
 from torch import Tensor
 
-from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, calibrate_threshold
+from sae_lens_matryoshka import (
+    MatryoshkaJumpReLUSAE,
+    MatryoshkaSAE,
+    MatryoshkaTrainingSAE,
+    MatryoshkaTrainingSAEConfig,
+    calibrate_threshold,
+)
 from tests.conftest import random_matryoshka_sae
 
 
@@ -37,12 +43,12 @@ def test_exactly_the_wanted_number_of_latents_fires_on_the_calibration_samples(t
     torch.testing.assert_close(sae.threshold - before, torch.full_like(before, calibration.shift))
 
 
-def test_l0_before_is_what_fired_before(matryoshka_sae: MatryoshkaSAE):
+def test_l0_before_is_what_fired_before(matryoshka_sae: MatryoshkaJumpReLUSAE):
     expected = _mean_l0(matryoshka_sae, _batches())
     assert calibrate_threshold(matryoshka_sae, _batches(), 200, 2).l0_before == pytest.approx(expected)
 
 
-def test_more_latents_than_can_fire_make_every_positive_pre_activation_fire(matryoshka_sae: MatryoshkaSAE):
+def test_more_latents_than_can_fire_make_every_positive_pre_activation_fire(matryoshka_sae: MatryoshkaJumpReLUSAE):
     calibration = calibrate_threshold(matryoshka_sae, _batches(), 200, target_l0=20)
     x = torch.cat(_batches())
     hidden_pre = (x - matryoshka_sae.b_dec) @ matryoshka_sae.W_enc + matryoshka_sae.b_enc
@@ -72,7 +78,7 @@ def test_k_is_read_from_the_metadata_of_a_saved_sae():
     assert calibrate_threshold(sae, _batches(), 200).l0_after == 3
 
 
-def test_unusable_arguments(matryoshka_sae: MatryoshkaSAE):
+def test_unusable_arguments(matryoshka_sae: MatryoshkaJumpReLUSAE):
     before = copy.deepcopy(matryoshka_sae.state_dict())
     for arguments, message in [
         ({"target_l0": None}, "pass target_l0"),
@@ -87,3 +93,9 @@ def test_unusable_arguments(matryoshka_sae: MatryoshkaSAE):
     with pytest.raises(ValueError, match="not finite"):
         calibrate_threshold(matryoshka_sae, [torch.full((3, 6), torch.nan)], target_l0=2)
     torch.testing.assert_close(matryoshka_sae.state_dict(), before)
+
+
+def test_saes_without_thresholds_cannot_be_calibrated():
+    sae = TopKSAE(TopKSAEConfig(6, 20, k=3))
+    with pytest.raises(TypeError, match="A TopKSAE has no threshold to calibrate"):
+        calibrate_threshold(sae, [torch.randn(10, 6)])  # type: ignore[arg-type]

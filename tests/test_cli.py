@@ -5,9 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from sae_lens import TrainingSAE, TrainingSAEConfig
+from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import SAEMetadata
 
-from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka import (
+    MatryoshkaSAE,
+    MatryoshkaStandardTrainingSAEConfig,
+    MatryoshkaTopKTrainingSAEConfig,
+    MatryoshkaTrainingSAE,
+    MatryoshkaTrainingSAEConfig,
+)
 from sae_lens_matryoshka.cli import main
 
 QUICK = ["training_samples=2000", "eval_samples=500", "synthetic_model.orthogonalization.num_steps=5"]
@@ -80,6 +88,24 @@ def test_inspect_shows_levels_and_origin(tmp_path: Path, capsys: pytest.CaptureF
     assert re.search(r"│ 1 +│ 20 +│ 15 +│ 0.25 / 0.25 / 0.25 +│", printed)
     for fact in ("trained as: matryoshka", "k: 3", "model: some/model", "hook: blocks.3.hook_resid_post"):
         assert fact in printed
+
+
+@pytest.mark.parametrize(
+    ("config", "fires"),
+    [
+        (MatryoshkaTopKTrainingSAEConfig(6, 20, k=8, matryoshka_widths=[5, 20]), ("the 5 largest", "the 8 largest")),
+        (MatryoshkaStandardTrainingSAEConfig(6, 20, matryoshka_widths=[5, 20]), ("above 0", "above 0")),
+    ],
+)
+def test_inspect_says_what_fires_without_thresholds(
+    config: TrainingSAEConfig, fires: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    sae: TrainingSAE = get_sae_training_class(config.architecture())[0](config)
+    sae.save_inference_model(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for level, (new, rule) in enumerate(zip((5, 15), fires, strict=True)):
+        assert re.search(rf"│ {level} +│ [0-9]+ +│ {new} +│ {rule} +│", printed)
 
 
 def test_inspect_asks_for_widths_where_there_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

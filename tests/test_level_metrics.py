@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from sae_lens_matryoshka import MatryoshkaSAE, measure_levels
+from sae_lens_matryoshka import MatryoshkaJumpReLUSAE, measure_levels
 
 
-def test_figures_against_float64(matryoshka_sae: MatryoshkaSAE):
+def test_figures_against_float64(matryoshka_sae: MatryoshkaJumpReLUSAE):
     batches = list(torch.randn(3, 50, 6, generator=torch.Generator().manual_seed(5)))
     matryoshka_sae.threshold.data[7] = 1e3  # never fires
     levels = measure_levels(matryoshka_sae, batches, n_samples=120)
@@ -24,7 +24,7 @@ def test_figures_against_float64(matryoshka_sae: MatryoshkaSAE):
     assert levels[2].dead >= 1
 
 
-def test_the_stream_may_end_early_but_not_be_empty(matryoshka_sae: MatryoshkaSAE):
+def test_the_stream_may_end_early_but_not_be_empty(matryoshka_sae: MatryoshkaJumpReLUSAE):
     assert len(measure_levels(matryoshka_sae, [torch.randn(10, 6)], n_samples=100)) == 4
     with pytest.raises(ValueError, match="no activations"):
         measure_levels(matryoshka_sae, [])

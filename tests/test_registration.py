@@ -11,7 +11,13 @@ import sae_lens
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
 import sae_lens_matryoshka
-from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaSAEConfig, MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka import (
+    MatryoshkaJumpReLUSAE,
+    MatryoshkaJumpReLUSAEConfig,
+    MatryoshkaTrainingSAE,
+    MatryoshkaTrainingSAEConfig,
+)
+from sae_lens_matryoshka.registration import INFERENCE_CLASSES, TRAINING_CLASSES
 
 
 @pytest.fixture(autouse=True)
@@ -21,8 +27,11 @@ def _registries_restored() -> Iterator[None]:
 
 
 def _assert_registered():
-    assert SAE_CLASS_REGISTRY["matryoshka"] == (MatryoshkaSAE, MatryoshkaSAEConfig)
+    assert SAE_CLASS_REGISTRY["matryoshka"] == (MatryoshkaJumpReLUSAE, MatryoshkaJumpReLUSAEConfig)
     assert SAE_TRAINING_CLASS_REGISTRY["matryoshka"] == (MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig)
+    for registry, classes in ((SAE_CLASS_REGISTRY, INFERENCE_CLASSES), (SAE_TRAINING_CLASS_REGISTRY, TRAINING_CLASSES)):
+        for sae_class, config_class in classes:
+            assert registry[config_class.architecture()] == (sae_class, config_class)
 
 
 def test_importing_registers_and_repeating_changes_nothing():
@@ -40,16 +49,18 @@ import sae_lens.registry as r
 import sae_lens
 before = dict(r.SAE_CLASS_REGISTRY), dict(r.SAE_TRAINING_CLASS_REGISTRY)
 import sae_lens_matryoshka
-for registry, old in zip((r.SAE_CLASS_REGISTRY, r.SAE_TRAINING_CLASS_REGISTRY), before):
+ours = {"matryoshka", "matryoshka_topk", "matryoshka_standard"}
+added = (ours, ours | {"matryoshka_jumprelu"})
+for registry, old, new in zip((r.SAE_CLASS_REGISTRY, r.SAE_TRAINING_CLASS_REGISTRY), before, added):
     assert {k: v for k, v in registry.items() if k in old} == old
-    assert set(registry) - set(old) == {"matryoshka"}, set(registry) - set(old)
+    assert set(registry) - set(old) == new, set(registry) - set(old)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_reloaded_copy_of_our_class_replaces_the_old_one():
-    stale = type("MatryoshkaSAE", (), {"__module__": MatryoshkaSAE.__module__})
-    SAE_CLASS_REGISTRY["matryoshka"] = (stale, MatryoshkaSAEConfig)  # type: ignore[assignment]
+    stale = type("MatryoshkaJumpReLUSAE", (), {"__module__": MatryoshkaJumpReLUSAE.__module__})
+    SAE_CLASS_REGISTRY["matryoshka"] = (stale, MatryoshkaJumpReLUSAEConfig)  # type: ignore[assignment]
     sae_lens_matryoshka.register()
     _assert_registered()
 

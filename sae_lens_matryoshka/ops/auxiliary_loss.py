@@ -5,9 +5,11 @@ largest scores, at most all of them (Gao et al., arXiv:2406.04093, appendix A.2,
 """
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding
+
+from sae_lens_matryoshka.ops.encoder import hidden_pre_of
 
 
 def auxiliary_loss(
@@ -40,12 +42,7 @@ def auxiliary_loss(
     if n_dead == 0:
         return x.new_zeros(())
     k_aux = x.shape[-1] // 2
-    # rows of the transposed encoder are contiguous where training keeps it column by column
-    dead_W_enc, dead_b_enc = W_enc.t().index_select(0, dead).t(), b_enc.index_select(0, dead)
-    if b_dec is not None:
-        # worth 0, but b_dec gets its gradient here from one vector, so that none needs to flow back through all of x
-        dead_b_enc = dead_b_enc - (b_dec - b_dec.detach()) @ dead_W_enc
-    hidden_pre = x.detach() @ dead_W_enc + dead_b_enc
+    hidden_pre = hidden_pre_of(x, W_enc, b_enc, b_dec, dead)
     if n_dead > k_aux:
         scores = hidden_pre.detach() if column_scale is None else hidden_pre.detach() * column_scale[dead]
         chosen = torch.zeros_like(hidden_pre).scatter_(1, scores.topk(k_aux, sorted=False).indices, 1.0)
@@ -64,8 +61,7 @@ def matryoshka_auxiliary_loss(
     W_dec: Float[Tensor, "d_sae d_in"],
     b_dec: Float[Tensor, " d_in"] | None,
     level_residuals: Float[Tensor, "n_levels batch d_in"],
-    dead_mask: Bool[Tensor, " d_sae"],
-    widths: list[int],
+    level_dead: list[Int[Tensor, " n_dead"]],
     column_scale: Float[Tensor, " d_sae"] | None = None,
     row_scale: Float[Tensor, "batch 1"] | None = None,
 ) -> Float[Tensor, ""]:
@@ -80,15 +76,11 @@ def matryoshka_auxiliary_loss(
         W_dec: Decoder weights.
         b_dec: The decoder bias if it was subtracted from the input, else None.
         level_residuals: What each level leaves over, target minus reconstruction.
-        dead_mask: Which latents are dead.
-        widths: The level widths, smallest first.
+        level_dead: The dead latents among each level's own.
         column_scale: What pre-activations are multiplied by to choose among the dead; None for 1.
         row_scale: What the errors of each sample are multiplied by before squaring; None for 1.
     """
     total = x.new_zeros(())
-    narrower = 0
-    for residual, width in zip(level_residuals, widths, strict=True):
-        dead = dead_mask[narrower:width].nonzero().squeeze(1) + narrower
+    for residual, dead in zip(level_residuals, level_dead, strict=True):
         total = total + auxiliary_loss(x, W_enc, b_enc, W_dec, b_dec, residual, dead, column_scale, row_scale)
-        narrower = width
     return total

@@ -1,9 +1,13 @@
-"""Pre-activations of the selected latents, with the encoder's gradient from those non-zeros only."""
+"""Pre-activations of selected or of all latents, with a gradient for the parameters and none for the input.
+
+SAELens subtracts ``b_dec`` from the input, so that autograd would send a gradient back through a whole batch x d_sae
+product for the sake of one vector. The functions here give ``b_dec`` its gradient without that product.
+"""
 
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lens_matryoshka.ops.latents import ActiveLatents
@@ -30,6 +34,30 @@ def selected_hidden_pre(
         latents: The active latents.
     """
     return _SelectedHiddenPre.apply(x.detach(), W_enc, b_enc, b_dec, latents)  # type: ignore[no-any-return]
+
+
+def hidden_pre_of(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_dec: Float[Tensor, " d_in"] | None,
+    latent_ids: Int[Tensor, " n"] | None = None,
+) -> Float[Tensor, "batch n"]:
+    """The pre-activations of some latents, or of all, as a dense matrix: ``x @ W_enc + b_enc``.
+
+    Args:
+        x: The input of the encoder, ``b_dec`` already subtracted.
+        W_enc: Encoder weights.
+        b_enc: Encoder bias.
+        b_dec: The decoder bias if it was subtracted from the input, else None.
+        latent_ids: Which latents; None for all.
+    """
+    if latent_ids is not None:
+        # rows of the transposed encoder are contiguous where training keeps it column by column
+        W_enc, b_enc = W_enc.t().index_select(0, latent_ids).t(), b_enc.index_select(0, latent_ids)
+    if b_dec is not None:
+        b_enc = b_enc - (b_dec - b_dec.detach()) @ W_enc.detach()  # subtracts 0
+    return x.detach() @ W_enc + b_enc
 
 
 class _SelectedHiddenPre(torch.autograd.Function):

@@ -1,4 +1,9 @@
-"""The active latents of a batch in the two orders that sparse products need: by level and sample, and by latent."""
+"""Where the non-zeros of a batch of latent activations are, and the three products with the decoder that need it.
+
+Two layouts of the same interface. :class:`ActiveLatents` lists the non-zeros in the two orders that sparse products
+need, by level and sample, and by latent. :class:`DenseLatents` is for activations of which too many are non-zero for
+that to pay: the whole matrix, cut into levels.
+"""
 
 from dataclasses import dataclass
 
@@ -8,6 +13,7 @@ from torch import Tensor
 
 from sae_lens_matryoshka.levels import level_of
 from sae_lens_matryoshka.ops.selection import Selection
+from sae_lens_matryoshka.ops.sparse import sampled_products, weighted_row_sums
 
 
 @dataclass(frozen=True)
@@ -61,17 +67,91 @@ class ActiveLatents:
             indices, values[order], (self.batch, d_sae), is_coalesced=True, check_invariants=False
         )
 
+    def row_sums(self, values: Float[Tensor, " n"]) -> Float[Tensor, " batch"]:
+        """The sum of each sample's values.
 
-def lay_out(selection: Selection, batch: int, widths: list[int]) -> ActiveLatents:
+        Args:
+            values: One value for each entry.
+        """
+        return values.new_zeros(self.batch).index_add(0, self.rows, values)
+
+    def level_sums(
+        self, coefficients: Float[Tensor, " n"], W_dec: Float[Tensor, "d_sae d_in"]
+    ) -> Float[Tensor, "n_levels batch d_in"]:
+        """What each level's own latents add to the reconstruction."""
+        sums = weighted_row_sums(W_dec, self.columns, coefficients, self.starts)
+        return sums.view(len(self.widths), self.batch, W_dec.shape[1])
+
+    def coefficients_grad(
+        self, level_grads: Float[Tensor, "n_levels batch d_in"], W_dec: Float[Tensor, "d_sae d_in"]
+    ) -> Float[Tensor, " n"]:
+        """The gradient of the coefficients from that of :meth:`level_sums`."""
+        return sampled_products(level_grads.view(-1, W_dec.shape[1]), W_dec, self.columns, self.starts)
+
+    def W_dec_grad(
+        self, level_grads: Float[Tensor, "n_levels batch d_in"], coefficients: Float[Tensor, " n"]
+    ) -> Float[Tensor, "d_sae d_in"]:
+        """The gradient of the decoder from that of :meth:`level_sums`."""
+        order = self.by_column
+        rows = level_grads.view(-1, level_grads.shape[-1])
+        return weighted_row_sums(rows, self.level_rows[order], coefficients[order], self.column_starts)
+
+
+@dataclass(frozen=True)
+class DenseLatents:
+    """The whole matrix of latent activations, cut into levels: L matrix products in place of one, of the same cost."""
+
+    batch: int
+    """Number of samples."""
+
+    widths: tuple[int, ...]
+    """The level widths."""
+
+    level_columns: "tuple[slice | Int[Tensor, ' n'], ...]"
+    """Each level's own latents."""
+
+    def level_sums(
+        self, coefficients: Float[Tensor, "batch d_sae"], W_dec: Float[Tensor, "d_sae d_in"]
+    ) -> Float[Tensor, "n_levels batch d_in"]:
+        """What each level's own latents add to the reconstruction."""
+        sums = W_dec.new_empty(len(self.widths), self.batch, W_dec.shape[1])
+        for level, columns in enumerate(self.level_columns):
+            sums[level] = coefficients[:, columns] @ W_dec[columns]
+        return sums
+
+    def coefficients_grad(
+        self, level_grads: Float[Tensor, "n_levels batch d_in"], W_dec: Float[Tensor, "d_sae d_in"]
+    ) -> Float[Tensor, "batch d_sae"]:
+        """The gradient of the coefficients from that of :meth:`level_sums`."""
+        grad = W_dec.new_empty(self.batch, W_dec.shape[0])
+        for level_grad, columns in zip(level_grads, self.level_columns, strict=True):
+            grad[:, columns] = (level_grad @ W_dec[columns].t()).to(grad.dtype)
+        return grad
+
+    def W_dec_grad(
+        self, level_grads: Float[Tensor, "n_levels batch d_in"], coefficients: Float[Tensor, "batch d_sae"]
+    ) -> Float[Tensor, "d_sae d_in"]:
+        """The gradient of the decoder from that of :meth:`level_sums`."""
+        grad = level_grads.new_empty(self.widths[-1], level_grads.shape[-1])
+        for level_grad, columns in zip(level_grads, self.level_columns, strict=True):
+            grad[columns] = (coefficients[:, columns].t() @ level_grad.to(coefficients.dtype)).to(grad.dtype)
+        return grad
+
+
+def lay_out(
+    selection: Selection, batch: int, widths: list[int], positions: Int[Tensor, " d_sae"] | None = None
+) -> ActiveLatents:
     """Sort a selection into the two orders.
 
     Args:
         selection: The entries, in any order.
         batch: Number of samples.
         widths: The level widths, smallest first.
+        positions: The place of each latent in the dictionary, which decides its level; None for its index.
     """
     d_sae = widths[-1]
-    level_rows = level_of(selection.columns, widths) * batch + selection.rows
+    places = selection.columns if positions is None else positions[selection.columns]
+    level_rows = level_of(places, widths) * batch + selection.rows
     keys, order = (level_rows * d_sae + selection.columns).sort()
     level_rows, columns = keys // d_sae, keys % d_sae
     by_column = columns.argsort(stable=True)
@@ -87,6 +167,19 @@ def lay_out(selection: Selection, batch: int, widths: list[int]) -> ActiveLatent
         batch=batch,
         widths=tuple(widths),
     )
+
+
+def lay_out_dense(batch: int, widths: list[int], order: Int[Tensor, " d_sae"] | None = None) -> DenseLatents:
+    """Cut the whole matrix into levels.
+
+    Args:
+        batch: Number of samples.
+        widths: The level widths, smallest first.
+        order: The latent at each place of the dictionary; None if latents are in their places.
+    """
+    bounds = list(zip([0, *widths[:-1]], widths, strict=True))
+    columns = tuple(slice(start, stop) if order is None else order[start:stop] for start, stop in bounds)
+    return DenseLatents(batch, tuple(widths), columns)
 
 
 def _starts(groups: Int[Tensor, " n"], n_groups: int) -> Int[Tensor, " n_groups_plus_1"]:

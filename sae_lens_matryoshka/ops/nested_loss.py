@@ -1,34 +1,55 @@
-"""The nested reconstruction losses of a Matryoshka SAE and their exact gradient, in one pass over the non-zeros.
+"""The nested reconstruction losses of a Matryoshka SAE and their exact gradient, in one pass over the activations.
 
 With residuals r_l = b_dec + sum_{i < w_l} a_i W_i - x of level l, the loss is sum_l c_l mean_b |r_l|^2. Level l adds
 its own latents to level l - 1, so running sums give all residuals. A latent i of level l(i) enters the residuals of
-that level and all larger ones, so with the suffix sums R_l = (2 / batch) sum_{m >= l} c_m r_m
+that level and all larger ones, so with g_l = (2 / batch) c_l r_l and the suffix sums R_l = sum_{m >= l} g_m
 
     dL/da_bi = <W_i, R_l(i)[b]>      dL/dW_i = sum_b a_bi R_l(i)[b]      dL/db_dec = sum_b R_1[b]
 
-Any number of levels costs the three passes over the non-zeros that one costs (loss: arXiv:2503.17547, section 3).
+Any number of levels costs the three passes over the activations that one costs (loss: arXiv:2503.17547, section 3).
+The variants of the loss (:class:`NestedObjective`) change g_l or leave out the suffix sums, nothing else.
 """
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lens_matryoshka.ops.latents import ActiveLatents
-from sae_lens_matryoshka.ops.sparse import sampled_products, weighted_row_sums
+from sae_lens_matryoshka.ops.latents import ActiveLatents, DenseLatents
 
 BLOCK_ELEMENTS = 2**17
 """Elements of a level that are worked on at once on CPU: 512 KB in float32."""
+
+
+@dataclass(frozen=True)
+class NestedObjective:
+    """Which loss is made of the levels' residuals; the default is the paper's."""
+
+    level_weights: tuple[float, ...] | None = None
+    """The weight of each level's error in the loss, c_l; None for 1."""
+
+    snap_loss: bool = False
+    """The inner levels count by the L2 norm of their residual, |r_l|, in place of its square: g_l becomes
+    c_l r_l / (batch |r_l|), a pull that does not fade as the residual shrinks. The full level stays squared."""
+
+    stop_gradient: bool = False
+    """Each level trains only its own new latents, against what the smaller levels leave over: R_l becomes g_l. The
+    decoder bias belongs to the smallest level."""
+
+    def weights(self, n_levels: int) -> tuple[float, ...]:
+        """c_l of each level."""
+        return self.level_weights or (1.0,) * n_levels
 
 
 class NestedErrors(NamedTuple):
     """What the levels of a dictionary leave unexplained of a batch."""
 
     loss: Float[Tensor, ""]
-    """The levels' squared errors, weighted and summed. Alone carries the gradient."""
+    """The levels' errors, weighted and summed. Alone carries the gradient."""
 
     squared_errors: Float[Tensor, " n_levels"]
     """Each level's squared error, summed over dimensions and averaged over samples."""
@@ -46,7 +67,7 @@ def nested_errors_reference(
     b_dec: Float[Tensor, " d_in"],
     target: Float[Tensor, "batch d_in"],
     widths: list[int],
-    level_weights: list[float] | None = None,
+    objective: NestedObjective = NestedObjective(),
     row_scale: Float[Tensor, "batch 1"] | None = None,
 ) -> NestedErrors:
     """The errors of all levels by their definition, a dense product a level.
@@ -57,46 +78,56 @@ def nested_errors_reference(
         b_dec: Decoder bias.
         target: What to reconstruct.
         widths: The level widths, smallest first.
-        level_weights: The weight of each level's squared error in the loss; None for 1.
-        row_scale: What the residuals of each sample are multiplied by before squaring; None for 1.
+        objective: Which loss to make of the residuals.
+        row_scale: What the residuals of each sample are multiplied by first; None for 1.
     """
-    residuals = torch.stack([coefficients[:, :width] @ W_dec[:width] + b_dec - target for width in widths])
-    scaled = residuals if row_scale is None else residuals * row_scale
+    reconstruction = b_dec.expand_as(target)
+    residuals: list[Tensor] = []
+    for narrower, width in itertools.pairwise([0, *widths]):
+        if objective.stop_gradient and narrower > 0:
+            reconstruction = reconstruction.detach()
+        reconstruction = reconstruction + coefficients[:, narrower:width] @ W_dec[narrower:width]
+        residuals.append(reconstruction - target)
+    scaled = torch.stack(residuals) if row_scale is None else torch.stack(residuals) * row_scale
     squared_errors = scaled.pow(2).sum(-1).mean(-1)
-    weights = squared_errors.new_tensor(level_weights or [1.0] * len(widths))
-    loss = (weights * squared_errors).sum()
-    return NestedErrors(loss, squared_errors.detach(), residuals[-1].detach(), residuals.detach())
+    errors = squared_errors
+    if objective.snap_loss:
+        errors = torch.cat([torch.linalg.vector_norm(scaled[:-1], dim=-1).mean(-1), squared_errors[-1:]])
+    loss = (errors.new_tensor(objective.weights(len(widths))) * errors).sum()
+    return NestedErrors(loss, squared_errors.detach(), residuals[-1].detach(), torch.stack(residuals).detach())
 
 
 def nested_errors(
-    coefficients: Float[Tensor, " n"],
+    coefficients: "Float[Tensor, ' n'] | Float[Tensor, 'batch d_sae']",
     W_dec: Float[Tensor, "d_sae d_in"],
     b_dec: Float[Tensor, " d_in"],
     target: Float[Tensor, "batch d_in"],
-    latents: ActiveLatents,
-    level_weights: list[float] | None = None,
+    latents: ActiveLatents | DenseLatents,
+    objective: NestedObjective = NestedObjective(),
     row_scale: Float[Tensor, "batch 1"] | None = None,
     keep_level_residuals: bool = False,
 ) -> NestedErrors:
-    """The same as :func:`nested_errors_reference`, from the non-zeros only.
+    """The same as :func:`nested_errors_reference`, all levels for the price of one.
 
     Args:
-        coefficients: What the decoder row of each active latent is multiplied by, in the order of ``latents``.
+        coefficients: What the decoder rows are multiplied by: a value for each entry of :class:`ActiveLatents`, or the
+            whole matrix for :class:`DenseLatents`.
         W_dec: Decoder weights.
         b_dec: Decoder bias.
         target: What to reconstruct; gets no gradient.
-        latents: The active latents.
-        level_weights: The weight of each level's squared error in the loss; None for 1.
-        row_scale: What the residuals of each sample are multiplied by before squaring; None for 1.
+        latents: Where the coefficients belong.
+        objective: Which loss to make of the residuals.
+        row_scale: What the residuals of each sample are multiplied by first; None for 1.
         keep_level_residuals: Whether to return every level's residual, which costs an array of that size.
     """
-    weights = level_weights or [1.0] * len(latents.widths)
-    outputs = _NestedErrors.apply(coefficients, W_dec, b_dec, target, latents, weights, row_scale, keep_level_residuals)
+    outputs = _NestedErrors.apply(
+        coefficients, W_dec, b_dec, target, latents, objective, row_scale, keep_level_residuals
+    )
     return NestedErrors(*outputs)  # type: ignore[misc]
 
 
 class _NestedErrors(torch.autograd.Function):
-    """Turns the residuals into their suffix sums while they are at hand, so that a single array serves both passes."""
+    """Turns the residuals into R_l while they are at hand, so that a single array serves both passes."""
 
     @staticmethod
     def forward(
@@ -105,53 +136,67 @@ class _NestedErrors(torch.autograd.Function):
         W_dec: Tensor,
         b_dec: Tensor,
         target: Tensor,
-        latents: ActiveLatents,
-        level_weights: list[float],
+        latents: ActiveLatents | DenseLatents,
+        objective: NestedObjective,
         row_scale: Tensor | None,
         keep_level_residuals: bool,
     ) -> tuple[Tensor | None, ...]:
         n_levels, d_in = len(latents.widths), W_dec.shape[1]
-        levels = weighted_row_sums(W_dec, latents.columns, coefficients, latents.starts).view(n_levels, -1, d_in)
+        weights = objective.weights(n_levels)
+        levels = latents.level_sums(coefficients, W_dec)
         levels[0] += b_dec - target
-        squared_errors = levels.new_zeros(n_levels)
+        squared_errors, norms = levels.new_zeros(n_levels), levels.new_zeros(n_levels)
         residual = torch.empty_like(target)
         level_residuals = torch.empty_like(levels) if keep_level_residuals else None
-        gradient_weights = [2 * weight / latents.batch for weight in level_weights]
         for rows in _row_blocks(latents.batch, d_in):
             blocks = [level[rows] for level in levels]
             for narrower, block in itertools.pairwise(blocks):
                 block += narrower
-            for index, block in enumerate(blocks):
-                scaled = block if row_scale is None else block * row_scale[rows]
-                squared_errors[index] += torch.linalg.vector_norm(scaled) ** 2
             residual[rows] = blocks[-1]
             if level_residuals is not None:
                 level_residuals[:, rows] = levels[:, rows]
-            # from here on the blocks are suffix sums, R_l in the module's docstring
-            blocks[-1] *= gradient_weights[-1]
-            for index in reversed(range(n_levels - 1)):
-                torch.add(blocks[index + 1], blocks[index], alpha=gradient_weights[index], out=blocks[index])
+            for index in reversed(range(n_levels)):
+                block = blocks[index]
+                row_norms = torch.linalg.vector_norm(block if row_scale is None else block * row_scale[rows], dim=-1)
+                squared_errors[index] += row_norms.pow(2).sum()
+                norms[index] += row_norms.sum()
+                weight = weights[index] / latents.batch
+                if objective.snap_loss and index < n_levels - 1:
+                    # a residual of exactly 0 has the subgradient 0, as in torch
+                    factor = torch.where(row_norms > 0, weight / row_norms, 0.0).unsqueeze(-1)
+                else:
+                    factor = block.new_tensor(2 * weight)
+                if index < n_levels - 1 and not objective.stop_gradient:
+                    torch.addcmul(blocks[index + 1], block, factor, out=block)
+                else:
+                    block *= factor
         if row_scale is not None:
             levels *= row_scale.pow(2)
         squared_errors /= latents.batch
-        loss = (squared_errors * squared_errors.new_tensor(level_weights)).sum()
+        errors = squared_errors
+        if objective.snap_loss:
+            errors = torch.cat([norms[:-1] / latents.batch, squared_errors[-1:]])
+        loss = (errors * errors.new_tensor(weights)).sum()
         ctx.save_for_backward(coefficients, W_dec, levels)
         ctx.latents = latents
+        ctx.autocast = torch.get_autocast_dtype(target.device.type) if _is_autocast(target) else None
         ctx.mark_non_differentiable(squared_errors, residual, *([] if level_residuals is None else [level_residuals]))
         return loss, squared_errors, residual, level_residuals
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        coefficients, W_dec, suffix_sums = ctx.saved_tensors
-        latents: ActiveLatents = ctx.latents
+        coefficients, W_dec, level_grads = ctx.saved_tensors
+        latents: ActiveLatents | DenseLatents = ctx.latents
         loss_grad = grads[0]
-        suffix_rows = suffix_sums.view(-1, W_dec.shape[1])
-        coefficients_grad = sampled_products(suffix_rows, W_dec, latents.columns, latents.starts) * loss_grad
-        order = latents.by_column
-        W_dec_grad = weighted_row_sums(
-            suffix_rows, latents.level_rows[order], (coefficients * loss_grad)[order], latents.column_starts
-        )
-        return coefficients_grad, W_dec_grad, suffix_sums[0].sum(0) * loss_grad, *[None] * 5
+        # torch runs backward passes outside autocast; dense products are to be as fast here as they are forward
+        with torch.autocast(W_dec.device.type, ctx.autocast, enabled=ctx.autocast is not None):
+            coefficients_grad = latents.coefficients_grad(level_grads, W_dec) * loss_grad
+            W_dec_grad = latents.W_dec_grad(level_grads, coefficients) * loss_grad
+        return coefficients_grad, W_dec_grad, level_grads[0].sum(0) * loss_grad, *[None] * 5
+
+
+def _is_autocast(tensor: Tensor) -> bool:
+    return torch.is_autocast_enabled(tensor.device.type)
 
 
 def _row_blocks(batch: int, d_in: int) -> Iterator[slice]:

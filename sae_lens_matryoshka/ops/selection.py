@@ -1,4 +1,4 @@
-"""The selections of BatchTopK and TopK without the batch x d_sae matrix and without sorting it, yet exact.
+"""Finding the latents that are kept without making or sorting the batch x d_sae matrix, yet exactly.
 
 The n largest pre-activations of a batch all lie above some floor. Last step's smallest selected value, lowered a
 little, is a good guess of one: a single comparison pass over each chunk of columns then leaves slightly more than n
@@ -7,6 +7,7 @@ the pass is repeated from floor 0. A floor that is too low is raised on the way,
 candidates so far bounds the final one from below.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -155,23 +156,64 @@ def select_topk(
     return _concatenated(found)
 
 
-def _candidates_above(
-    floor: float, x: Tensor, W_enc: Tensor, b_enc: Tensor, column_scale: Tensor | None, n: int
-) -> Selection:
-    """All entries that score above ``floor``, or above a higher one that at least ``n`` entries reach."""
+@torch.no_grad()
+def select_above(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    floor: Float[Tensor, " d_sae"],
+    most: int,
+) -> Selection | None:
+    """All pre-activations above the floor of their latent, or None as soon as more than ``most`` have been found.
+
+    Args:
+        x: The input of the encoder.
+        W_enc: Encoder weights, fastest if their columns are contiguous.
+        b_enc: Encoder bias.
+        floor: What each latent's pre-activation must exceed.
+        most: How many entries are worth listing.
+    """
+    found: list[Selection] = []
+    n_found = 0
+    for columns, product in _products(x, W_enc):
+        hidden_pre = product.to(b_enc.dtype) + b_enc[columns]
+        above = (hidden_pre > floor[columns]).flatten().nonzero().squeeze(1)
+        n_found += above.numel()
+        if n_found > most:
+            return None
+        values = hidden_pre.flatten()[above]
+        found.append(
+            Selection(above // product.shape[1], above % product.shape[1] + columns.start, values, values.clone())
+        )
+    return _concatenated(found)
+
+
+def _products(x: Float[Tensor, "batch d_in"], W_enc: Float[Tensor, "d_in d_sae"]) -> Iterator[tuple[slice, Tensor]]:
+    """``x @ W_enc`` column chunk by column chunk, in the autocast data type where autocast is on.
+
+    Every product is written over the one before.
+    """
     batch, d_sae = x.shape[0], W_enc.shape[1]
     device_type = x.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
     x_cast = x.to(dtype)
     width = min(d_sae, max(1, CHUNK_ELEMENTS // max(1, batch)))
     buffer = x.new_empty(batch * width, dtype=dtype)
+    for start in range(0, d_sae, width):
+        columns = slice(start, min(start + width, d_sae))
+        product = buffer[: batch * (columns.stop - start)].view(batch, -1)
+        with torch.autocast(device_type, enabled=False):
+            torch.mm(x_cast, W_enc[:, columns].to(dtype), out=product)
+        yield columns, product
+
+
+def _candidates_above(
+    floor: float, x: Tensor, W_enc: Tensor, b_enc: Tensor, column_scale: Tensor | None, n: int
+) -> Selection:
+    """All entries that score above ``floor``, or above a higher one that at least ``n`` entries reach."""
     found: list[Selection] = []
     n_found = 0
-    for start in range(0, d_sae, width):
-        chunk = slice(start, min(start + width, d_sae))
-        product = buffer[: batch * (chunk.stop - start)].view(batch, -1)
-        with torch.autocast(device_type, enabled=False):
-            torch.mm(x_cast, W_enc[:, chunk].to(dtype), out=product)
+    for chunk, product in _products(x, W_enc):
         bias, scale = b_enc[chunk], None if column_scale is None else column_scale[chunk]
         # Comparing the bare product with a bound a column saves two passes over the chunk. The bound is a little low,
         # so that rounding cannot lose an entry; the exact comparison follows.
@@ -183,7 +225,7 @@ def _candidates_above(
         kept = scores > floor
         if not kept.all():
             rows, columns, hidden_pre, scores = rows[kept], columns[kept], hidden_pre[kept], scores[kept]
-        found.append(Selection(rows, columns + start, hidden_pre, scores))
+        found.append(Selection(rows, columns + chunk.start, hidden_pre, scores))
         n_found += scores.numel()
         if n_found > MOST_CANDIDATES * n:
             found = [_largest(_concatenated(found), n)]

@@ -1,10 +1,11 @@
-"""Using a trained Matryoshka SAE: a JumpReLU SAE whose levels can be encoded, decoded, compared and cut out.
+"""Using a trained Matryoshka SAE: an SAE whose levels can be encoded, decoded, compared and cut out.
 
-With one threshold a latent, level l's encoding is exactly the first w_l entries of the full one, so every level is a
-slice of the same parameters and none needs retraining.
+Level l of an SAE with widths w_0 < w_1 < ... is made of its first w_l latents. No level needs retraining: every one is
+a slice of the same parameters. ``matryoshka_sae_kinds.py`` holds one class for each way of making latents sparse.
 """
 
 import copy
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,14 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from sae_lens import (
-    SAE,
-    BatchTopKTrainingSAE,
-    JumpReLUSAE,
-    JumpReLUSAEConfig,
-    PretrainedSaeDiskLoader,
-    PretrainedSaeHuggingfaceLoader,
-)
+from sae_lens import SAE, PretrainedSaeDiskLoader, PretrainedSaeHuggingfaceLoader, SAEConfig, TrainingSAE
 from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor, nn
@@ -29,41 +23,35 @@ from sae_lens_matryoshka.levels import level_index, level_of, validate_widths
 
 
 @dataclass
-class MatryoshkaSAEConfig(JumpReLUSAEConfig):
-    """Configuration of a Matryoshka SAE for inference.
+class MatryoshkaSAEConfig(SAEConfig):
+    """What the configurations of Matryoshka SAEs have beside the fields of the SAELens architecture they are.
 
     Args:
         matryoshka_widths (list[int]): The number of latents of each level, smallest level first, the last one d_sae.
-        d_in (int): Width of the activations. Inherited from SAEConfig.
-        d_sae (int): Number of latents. Inherited from SAEConfig.
-        dtype (str): Data type of the parameters. Inherited from SAEConfig.
-        device (str): Device of the parameters. Inherited from SAEConfig.
-        apply_b_dec_to_input (bool): Whether the decoder bias is subtracted from the input. Inherited from SAEConfig.
-        normalize_activations (str): Normalization of the input. Inherited from SAEConfig.
-        reshape_activations (str): How attention heads are reshaped. Inherited from SAEConfig.
-        metadata (SAEMetadata): What the SAE was trained on. Inherited from SAEConfig.
     """
 
     matryoshka_widths: list[int] = field(default_factory=list)
-
-    @override
-    @classmethod
-    def architecture(cls) -> str:
-        return "matryoshka"
 
     def __post_init__(self) -> None:
         self.matryoshka_widths = validate_widths(self.matryoshka_widths, self.d_sae)
         super().__post_init__()
 
 
-class MatryoshkaSAE(JumpReLUSAE):
-    """A JumpReLU SAE with levels. Wherever SAELens takes an SAE it takes this one, as the full level.
+class MatryoshkaSAE(SAE[Any]):
+    """An SAE with levels. Wherever SAELens takes an SAE it takes this one, as the full level.
 
-    Levels are named by index: 0 is the smallest, -1 the full dictionary. An index that does not exist is an
-    ``IndexError`` that lists the levels.
+    Made by :meth:`load_from_disk`, :meth:`from_pretrained` and :meth:`from_sae`, which return the subclass for the
+    SAE's architecture. Levels are named by index: 0 is the smallest, -1 the full dictionary. An index that does not
+    exist is an ``IndexError`` that lists the levels.
     """
 
     cfg: MatryoshkaSAEConfig  # type: ignore[assignment]
+    b_enc: nn.Parameter
+    level_class: type[SAE[Any]]
+    """The class of a level that has been cut out."""
+
+    level_config_class: type[SAEConfig]
+    """Its config class, which is SAELens's own."""
 
     def __init__(self, cfg: MatryoshkaSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
@@ -81,11 +69,17 @@ class MatryoshkaSAE(JumpReLUSAE):
         """The index of the smallest level that contains each latent; see :func:`levels.level_of`."""
         return level_of(latent_ids, self.widths)
 
+    @abstractmethod
+    def _activate(self, hidden_pre: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        """Activations of the first ``width`` latents, standing alone, from their pre-activations."""
+
+    def _coefficients(self, feature_acts: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        """What the first ``width`` decoder rows are multiplied by."""
+        return feature_acts
+
     @override
     def encode(self, x: Float[Tensor, "*batch d_in"], level: int | None = None) -> Float[Tensor, "*batch width"]:
-        """Latent activations of one level; None means all ``d_sae`` of them.
-
-        Only the columns of that level are computed. Equals ``encode(x)[..., :width]``.
+        """Latent activations of one level; None means all ``d_sae`` of them. Only that level's columns are computed.
 
         Args:
             x: Activations of the model, shape (..., d_in).
@@ -97,8 +91,16 @@ class MatryoshkaSAE(JumpReLUSAE):
         width = self._width(level)
         sae_in = self.process_sae_in(x)
         hidden_pre = self.hook_sae_acts_pre(sae_in @ self.W_enc[:, :width] + self.b_enc[:width])
-        fires = hidden_pre > self.threshold[:width]
-        return self.hook_sae_acts_post(self.activation_fn(hidden_pre) * fires.to(hidden_pre.dtype))
+        return self.hook_sae_acts_post(self._activate(hidden_pre))
+
+    def encode_levels(self, x: Float[Tensor, "*batch d_in"]) -> list[Float[Tensor, "*batch width"]]:
+        """The activations of every level, smallest level first: ``[encode(x, level) for level in ...]``, encoding once.
+
+        Args:
+            x: Activations of the model, shape (..., d_in).
+        """
+        feature_acts = self.encode(x)
+        return [feature_acts[..., :width] for width in self.widths]
 
     @override
     def decode(
@@ -120,14 +122,14 @@ class MatryoshkaSAE(JumpReLUSAE):
                 f"feature_acts holds {feature_acts.shape[-1]} latents, but level={level} has {width}; "
                 f"pass the level they were encoded with, or feature_acts[..., :{width}]."
             )
-        sae_out_pre = self.hook_sae_recons(feature_acts @ self.W_dec[:width] + self.b_dec)
+        sae_out_pre = self.hook_sae_recons(self._coefficients(feature_acts) @ self.W_dec[:width] + self.b_dec)
         return self.reshape_fn_out(self.run_time_activation_norm_fn_out(sae_out_pre), self.d_head)
 
     def decode_levels(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "n_levels *batch d_in"]:
-        """Every level's reconstruction from the activations of all latents, for the price of the full one.
+        """The reconstruction from the first ``w_l`` of all latents' activations, for every level l, as in training.
 
-        Each level adds its own latents to the sum of the smaller ones. Hooks do not fire: they expect a single
-        reconstruction.
+        Each level adds its own latents to the sum of the smaller ones, so all cost what the full one costs. Hooks do
+        not fire: they expect a single reconstruction.
 
         Args:
             feature_acts: Activations of all latents, as ``encode(x)`` returns them.
@@ -135,19 +137,17 @@ class MatryoshkaSAE(JumpReLUSAE):
         Returns:
             A tensor of shape (n_levels, ..., d_in), smallest level first.
         """
-        reconstruction = self.b_dec
+        coefficients = self._coefficients(feature_acts)
+        reconstruction, narrower = self.b_dec, 0
         reconstructions: list[Tensor] = []
-        narrower = 0
         for width in self.widths:
-            reconstruction = reconstruction + feature_acts[..., narrower:width] @ self.W_dec[narrower:width]
+            reconstruction = reconstruction + coefficients[..., narrower:width] @ self.W_dec[narrower:width]
             reconstructions.append(reconstruction)
             narrower = width
-        # SAELens drops the input's statistics as it undoes the normalization, so that is done for all levels at once
-        sae_out = self.run_time_activation_norm_fn_out(torch.stack(reconstructions))
-        return self.reshape_fn_out(sae_out, self.d_head)
+        return self._finish_levels(torch.stack(reconstructions))
 
     def reconstruct_levels(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "n_levels *batch d_in"]:
-        """Every level's reconstruction of ``x``, smallest level first: ``decode_levels(encode(x))``.
+        """Every level's own reconstruction of ``x``, smallest level first.
 
         Args:
             x: Activations of the model, shape (..., d_in).
@@ -155,13 +155,20 @@ class MatryoshkaSAE(JumpReLUSAE):
         Returns:
             A tensor of shape (n_levels, ..., d_in).
         """
-        return self.decode_levels(self.encode(x))
+        return self.decode_each_level(self.encode_levels(x))
 
-    def at_level(self, level: int) -> JumpReLUSAE:
-        """One level as a standalone JumpReLU SAE, which SAELens saves, evaluates and attaches to models like any other.
+    def decode_each_level(
+        self, level_acts: Sequence[Float[Tensor, "*batch width"]]
+    ) -> Float[Tensor, "n_levels *batch d_in"]:
+        """Every level's reconstruction from its own activations, as :meth:`encode_levels` returns them."""
+        return self.decode_levels(level_acts[-1])
 
-        It shares storage with this SAE: changing the parameters of one in place changes the other. Its metadata say
-        what it was cut from, under ``matryoshka_cut_from``, and keep the widths of the levels that it contains.
+    def at_level(self, level: int) -> SAE[Any]:
+        """One level as a standalone SAE, which SAELens saves, evaluates and attaches to models like any other.
+
+        It is of the SAELens architecture that this SAE is saved as, and shares storage with it: changing the
+        parameters of one in place changes the other. Its metadata say what it was cut from, under
+        ``matryoshka_cut_from``, and keep the widths of the levels that it contains.
 
         Args:
             level: Index of the level.
@@ -171,7 +178,6 @@ class MatryoshkaSAE(JumpReLUSAE):
         """
         index = level_index(level, self.widths)
         width = self.widths[index]
-        kept = {f.name: getattr(self.cfg, f.name) for f in fields(JumpReLUSAEConfig)}
         metadata = copy.deepcopy(self.cfg.metadata)
         # figures of the full dictionary do not hold for a level
         for full_only in ("l0", "num_dead_features"):
@@ -180,56 +186,66 @@ class MatryoshkaSAE(JumpReLUSAE):
         metadata.matryoshka_widths = self.widths[: index + 1]
         metadata.matryoshka_cut_from = {"level": index, "d_sae": self.cfg.d_sae, "matryoshka_widths": self.widths}
         # on the meta device, since the parameters made there are replaced by this SAE's
-        sae = LevelSAE(JumpReLUSAEConfig(**{**kept, "d_sae": width, "device": "meta", "metadata": metadata}))
-        for name, parameter in (
-            ("W_enc", self.W_enc[:, :width]),
-            ("b_enc", self.b_enc[:width]),
-            ("W_dec", self.W_dec[:width]),
-            ("b_dec", self.b_dec),
-            ("threshold", self.threshold[:width]),
-        ):
-            setattr(sae, name, nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad))
+        sae = self.level_class(self._level_cfg(width, device="meta", metadata=metadata))
+        for name, parameter in self.named_parameters():
+            kept = parameter if name == "b_dec" else parameter[:, :width] if name == "W_enc" else parameter[:width]
+            setattr(sae, name, nn.Parameter(kept.detach(), requires_grad=parameter.requires_grad))
         sae.cfg.device = self.cfg.device
         sae.device = self.device
         return sae
+
+    def _level_cfg(self, width: int, **changes: Any) -> SAEConfig:
+        """The plain SAELens config of this SAE's first ``width`` latents."""
+        kept = {f.name: getattr(self.cfg, f.name) for f in fields(self.level_config_class)}
+        return self.level_config_class(**{**kept, "d_sae": width, **changes})
+
+    @classmethod
+    def saved_architecture(cls) -> str:
+        """The SAELens architecture that every level is, the full one among them."""
+        return cls.level_config_class.architecture()
 
     @classmethod
     def from_sae(cls, sae: SAE[Any], widths: Sequence[int] | None = None) -> "MatryoshkaSAE":
         """Give the levels back to an SAE.
 
-        A JumpReLU SAE keeps its parameters, which are shared, not copied. A BatchTopK training SAE is converted as it
+        An SAE for inference keeps its parameters, which are shared, not copied. A training SAE is converted as it
         would be for saving.
 
         Args:
-            sae: A JumpReLU SAE, such as SAELens loads from a saved Matryoshka SAE, or one in training.
+            sae: An SAE such as SAELens loads from a saved Matryoshka SAE (JumpReLU, TopK or standard), or one in
+                training that would be saved as one of these.
             widths: The level widths, for SAEs published without them; None reads them from the config or metadata.
 
         Raises:
             ValueError: If the widths are neither given nor recorded, or do not fit the SAE.
             TypeError: If levels cannot be given to this kind of SAE.
         """
-        if isinstance(sae, BatchTopKTrainingSAE):
+        from sae_lens_matryoshka.saes.matryoshka_sae_kinds import KINDS  # which are subclasses of this class
+
+        if isinstance(sae, TrainingSAE):
             cfg_dict = copy.deepcopy(sae.cfg.get_inference_sae_cfg_dict())
             state_dict = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
             sae.process_state_dict_for_saving_inference(state_dict)
-        elif isinstance(sae, JumpReLUSAE):
+        else:
             cfg_dict = copy.deepcopy(sae.cfg.to_dict())
             state_dict = sae.state_dict(keep_vars=True)
-        else:
+        architecture = sae.saved_architecture() if isinstance(sae, MatryoshkaSAE) else cfg_dict["architecture"]
+        if architecture not in KINDS:
             raise TypeError(
-                f"Levels need one fixed threshold a latent, which {type(sae).__name__} (architecture "
-                f"{sae.cfg.architecture()!r}) does not have; pass a JumpReLU SAE or a BatchTopK training SAE."
+                f"Levels can be given to SAEs of the architectures {', '.join(KINDS)}, not to a {type(sae).__name__} "
+                f"(architecture {architecture!r})."
             )
         if widths is None:
             widths = recorded_widths(cfg_dict)
         if widths is None:
             raise ValueError(
-                f"This {cfg_dict['architecture']} SAE does not record its level widths. If it was trained as a "
-                f"Matryoshka SAE, pass them: widths=[..., {cfg_dict['d_sae']}]."
+                f"This {architecture} SAE does not record its level widths. If it was trained as a Matryoshka SAE, "
+                f"pass them: widths=[..., {cfg_dict['d_sae']}]."
             )
-        kept = {f.name: cfg_dict[f.name] for f in fields(JumpReLUSAEConfig)}
+        kind, config_class = KINDS[architecture]
+        kept = {f.name: cfg_dict[f.name] for f in fields(config_class) if f.name in cfg_dict}
         kept["metadata"] = SAEMetadata.from_dict(cfg_dict["metadata"])
-        matryoshka_sae = cls(MatryoshkaSAEConfig(**{**kept, "device": "meta", "matryoshka_widths": list(widths)}))
+        matryoshka_sae = kind(config_class(**{**kept, "device": "meta", "matryoshka_widths": list(widths)}))
         matryoshka_sae.load_state_dict(state_dict, assign=True)
         matryoshka_sae.cfg.device = sae.cfg.device
         matryoshka_sae.device = sae.device
@@ -316,25 +332,18 @@ class MatryoshkaSAE(JumpReLUSAE):
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
-        if "topk_threshold" in state_dict:
+        if set(state_dict) - {name for name, _ in self.named_parameters()}:
             raise ValueError(
                 "This folder is a training checkpoint, not a saved SAE. Load it with "
                 "TrainingSAE.load_from_disk(path) and convert it with MatryoshkaSAE.from_sae(training_sae)."
             )
 
+    def _finish_levels(self, levels: Float[Tensor, "n_levels *batch d_in"]) -> Float[Tensor, "n_levels *batch d_in"]:
+        # SAELens drops the input's statistics as it undoes the normalization, so that is done for all levels at once
+        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(levels), self.d_head)
+
     def _width(self, level: int | None) -> int:
         return self.cfg.d_sae if level is None else self.widths[level_index(level, self.widths)]
-
-
-class LevelSAE(JumpReLUSAE):
-    """A level cut out of a Matryoshka SAE: a plain JumpReLU SAE on views of that SAE's parameters."""
-
-    @override
-    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_saving(state_dict)
-        # safetensors does not write views, and a level's encoder columns are one
-        for name, tensor in state_dict.items():
-            state_dict[name] = tensor.contiguous()
 
 
 def recorded_widths(cfg_dict: dict[str, Any]) -> list[int] | None:

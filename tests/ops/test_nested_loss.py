@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sae_lens_matryoshka.ops.auxiliary_loss import auxiliary_loss
-from sae_lens_matryoshka.ops.encoder import selected_hidden_pre
-from sae_lens_matryoshka.ops.latents import lay_out
-from sae_lens_matryoshka.ops.nested_loss import nested_errors, nested_errors_reference
+from sae_lens_matryoshka.ops.encoder import hidden_pre_of, selected_hidden_pre
+from sae_lens_matryoshka.ops.latents import lay_out, lay_out_dense
+from sae_lens_matryoshka.ops.nested_loss import NestedObjective, nested_errors, nested_errors_reference
 from sae_lens_matryoshka.ops.selection import Selection
 
 WIDTHS = st.lists(st.integers(1, 30), min_size=1, max_size=12, unique=True).map(sorted)
@@ -30,9 +30,27 @@ def _selection(mask: Tensor, hidden_pre: Tensor) -> Selection:
 
 
 @settings(max_examples=100, deadline=None)
-@given(WIDTHS, st.integers(1, 9), st.floats(0, 1), st.booleans(), st.integers(0, 1000))
+@given(
+    widths=WIDTHS,
+    batch=st.integers(1, 9),
+    density=st.floats(0, 1),
+    scaled=st.booleans(),
+    snap=st.booleans(),
+    stop_gradient=st.booleans(),
+    ordered=st.booleans(),
+    dense=st.booleans(),
+    seed=st.integers(0, 1000),
+)
 def test_losses_and_gradients_are_those_of_the_dense_definition(
-    widths: list[int], batch: int, density: float, scaled: bool, seed: int
+    widths: list[int],
+    batch: int,
+    density: float,
+    scaled: bool,
+    snap: bool,
+    stop_gradient: bool,
+    ordered: bool,
+    dense: bool,
+    seed: int,
 ):
     d_in, d_sae = 5, widths[-1]
     parameters = {
@@ -43,23 +61,35 @@ def test_losses_and_gradients_are_those_of_the_dense_definition(
     }
     sae_in, target = _randn(batch, d_in, seed=seed + 4), _randn(batch, d_in, seed=seed + 5)
     row_scale = _randn(batch, 1, seed=seed + 6).abs() if scaled else None
-    level_weights: list[float] = _randn(len(widths), seed=seed + 7).tolist()
+    objective = NestedObjective(tuple(_randn(len(widths), seed=seed + 7).tolist()), snap, stop_gradient)
+    order = torch.randperm(d_sae, generator=torch.Generator().manual_seed(seed + 8)) if ordered else None
+    places = torch.arange(d_sae) if order is None else order
     mask = torch.rand(batch, d_sae, generator=torch.Generator().manual_seed(seed)) < density
     x = sae_in - parameters["b_dec"]
     hidden_pre = x @ parameters["W_enc"] + parameters["b_enc"]
 
     reference = nested_errors_reference(
-        hidden_pre * mask, parameters["W_dec"], parameters["b_dec"], target, widths, level_weights, row_scale
+        (hidden_pre * mask)[:, places],
+        parameters["W_dec"][places],
+        parameters["b_dec"],
+        target,
+        widths,
+        objective,
+        row_scale,
     )
-    latents = lay_out(_selection(mask, hidden_pre), batch, widths)
-    coefficients = selected_hidden_pre(x, parameters["W_enc"], parameters["b_enc"], parameters["b_dec"], latents)
+    latents = lay_out(_selection(mask, hidden_pre), batch, widths, places.argsort() if ordered else None)
+    encoder = (x, parameters["W_enc"], parameters["b_enc"], parameters["b_dec"])
+    coefficients = selected_hidden_pre(*encoder, latents)
+    if dense:
+        latents = lay_out_dense(batch, widths, order)
+        coefficients = hidden_pre_of(*encoder) * mask
     ours = nested_errors(
         coefficients,
         parameters["W_dec"],
         parameters["b_dec"],
         target,
         latents,
-        level_weights,
+        objective,
         row_scale,
         keep_level_residuals=True,
     )

@@ -11,18 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens import (
     SAE,
+    GatedSAE,
+    GatedSAEConfig,
     HookedSAETransformer,
     JumpReLUSAE,
     MatryoshkaBatchTopKTrainingSAE,
     MatryoshkaBatchTopKTrainingSAEConfig,
-    TopKSAE,
-    TopKSAEConfig,
     TrainingSAE,
 )
 from sae_lens.saes.sae import SAEMetadata
 from transformer_lens import HookedTransformerConfig
 
-from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaSAEConfig, MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka import (
+    MatryoshkaJumpReLUSAE,
+    MatryoshkaJumpReLUSAEConfig,
+    MatryoshkaSAE,
+    MatryoshkaTrainingSAE,
+    MatryoshkaTrainingSAEConfig,
+)
 from tests.conftest import random_matryoshka_sae
 
 NORMALIZATIONS = ["none", "layer_norm", "constant_norm_rescale"]
@@ -69,7 +75,7 @@ def test_the_full_level_is_saelens_jumprelu_sae(normalize_activations: str):
     torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
 
 
-def test_levels_by_index(matryoshka_sae: MatryoshkaSAE):
+def test_levels_by_index(matryoshka_sae: MatryoshkaJumpReLUSAE):
     assert matryoshka_sae.widths == [1, 3, 8, 20]
     assert matryoshka_sae.n_levels == 4
     assert matryoshka_sae.level_of([0, 1, 2, 19]).tolist() == [0, 1, 1, 3]
@@ -80,13 +86,13 @@ def test_levels_by_index(matryoshka_sae: MatryoshkaSAE):
             call()
 
 
-def test_decoding_activations_of_another_level_is_an_error(matryoshka_sae: MatryoshkaSAE):
+def test_decoding_activations_of_another_level_is_an_error(matryoshka_sae: MatryoshkaJumpReLUSAE):
     acts = matryoshka_sae.encode(_x(2, 6))
     with pytest.raises(ValueError, match=r"20 latents, but level=1 has 3; .*feature_acts\[\.\.\., :3\]"):
         matryoshka_sae.decode(acts, level=1)
 
 
-def test_hooks_fire_and_can_change_a_level(matryoshka_sae: MatryoshkaSAE):
+def test_hooks_fire_and_can_change_a_level(matryoshka_sae: MatryoshkaJumpReLUSAE):
     seen: dict[str, tuple[int, ...]] = {}
 
     def record(tensor: torch.Tensor, hook: Any) -> None:
@@ -105,7 +111,7 @@ def test_hooks_fire_and_can_change_a_level(matryoshka_sae: MatryoshkaSAE):
         assert (matryoshka_sae.encode(_x(2, 6), level=1) == 0).all()
 
 
-def test_a_level_cut_out_shares_storage_and_says_where_it_is_from(matryoshka_sae: MatryoshkaSAE):
+def test_a_level_cut_out_shares_storage_and_says_where_it_is_from(matryoshka_sae: MatryoshkaJumpReLUSAE):
     matryoshka_sae.cfg.metadata = SAEMetadata(hook_name="blocks.1.hook_resid_post", l0=9.0, num_dead_features=2)
     level = matryoshka_sae.at_level(2)
     assert isinstance(level, JumpReLUSAE)
@@ -125,7 +131,9 @@ def test_a_level_cut_out_shares_storage_and_says_where_it_is_from(matryoshka_sae
     assert level.threshold.equal(matryoshka_sae.threshold[:8])
 
 
-def test_a_level_cut_out_is_saved_for_saelens_and_keeps_its_own_levels(matryoshka_sae: MatryoshkaSAE, tmp_path: Path):
+def test_a_level_cut_out_is_saved_for_saelens_and_keeps_its_own_levels(
+    matryoshka_sae: MatryoshkaJumpReLUSAE, tmp_path: Path
+):
     level = matryoshka_sae.at_level(2)
     level.save_model(tmp_path)
     loaded = SAE.load_from_disk(tmp_path)
@@ -135,7 +143,7 @@ def test_a_level_cut_out_is_saved_for_saelens_and_keeps_its_own_levels(matryoshk
     assert MatryoshkaSAE.from_sae(level).widths == [1, 3, 8]
 
 
-def test_saving_a_matryoshka_sae_keeps_its_architecture(matryoshka_sae: MatryoshkaSAE, tmp_path: Path):
+def test_saving_a_matryoshka_sae_keeps_its_architecture(matryoshka_sae: MatryoshkaJumpReLUSAE, tmp_path: Path):
     matryoshka_sae.save_model(tmp_path)
     for loaded in (SAE.load_from_disk(tmp_path), MatryoshkaSAE.load_from_disk(tmp_path)):
         assert isinstance(loaded, MatryoshkaSAE)
@@ -198,7 +206,7 @@ assert not any(name.startswith("sae_lens_matryoshka") for name in sys.modules)
     torch.testing.assert_close(output, MatryoshkaSAE.from_sae(training_sae)(x).detach())
 
 
-def test_widths_given_by_hand_and_widths_missing(matryoshka_sae: MatryoshkaSAE, tmp_path: Path):
+def test_widths_given_by_hand_and_widths_missing(matryoshka_sae: MatryoshkaJumpReLUSAE, tmp_path: Path):
     plain = JumpReLUSAE.from_dict(
         {**matryoshka_sae.at_level(-1).cfg.to_dict(), "metadata": {"sae_lens_version": "6.54.12"}}
     )
@@ -211,22 +219,22 @@ def test_widths_given_by_hand_and_widths_missing(matryoshka_sae: MatryoshkaSAE, 
         MatryoshkaSAE.from_sae(plain, widths=[5, 21])
 
 
-def test_from_sae_shares_the_parameters_of_a_jumprelu_sae(matryoshka_sae: MatryoshkaSAE):
+def test_from_sae_shares_the_parameters_of_a_jumprelu_sae(matryoshka_sae: MatryoshkaJumpReLUSAE):
     plain = matryoshka_sae.at_level(-1)
     assert MatryoshkaSAE.from_sae(plain).W_enc is plain.W_enc
 
 
-def test_saes_without_a_fixed_threshold_have_no_levels():
-    with pytest.raises(TypeError, match="TopKSAE \\(architecture 'topk'\\)"):
-        MatryoshkaSAE.from_sae(TopKSAE(TopKSAEConfig(4, 8, k=2)), widths=[8])
+def test_saes_of_other_architectures_have_no_levels():
+    with pytest.raises(TypeError, match="GatedSAE \\(architecture 'gated'\\)"):
+        MatryoshkaSAE.from_sae(GatedSAE(GatedSAEConfig(4, 8)), widths=[8])
 
 
 def test_a_config_without_widths_is_an_error():
     with pytest.raises(ValueError, match=r"matryoshka_widths=\[\] is empty"):
-        MatryoshkaSAEConfig(4, 8)
+        MatryoshkaJumpReLUSAEConfig(4, 8)
 
 
-def test_from_pretrained_uses_saelens_own_loader(matryoshka_sae: MatryoshkaSAE, tmp_path: Path):
+def test_from_pretrained_uses_saelens_own_loader(matryoshka_sae: MatryoshkaJumpReLUSAE, tmp_path: Path):
     plain = matryoshka_sae.at_level(-1)
     asked: list[tuple[str, str]] = []
 
@@ -248,7 +256,7 @@ def test_from_pretrained_uses_saelens_own_loader(matryoshka_sae: MatryoshkaSAE, 
 
 
 @pytest.mark.parametrize("level", [0, 2, None])
-def test_a_transformer_takes_any_level(matryoshka_sae: MatryoshkaSAE, level: int | None):
+def test_a_transformer_takes_any_level(matryoshka_sae: MatryoshkaJumpReLUSAE, level: int | None):
     torch.manual_seed(0)
     model = HookedSAETransformer(
         HookedTransformerConfig(n_layers=1, d_model=6, n_ctx=8, d_head=3, d_vocab=11, act_fn="relu", n_heads=2)

@@ -1,0 +1,76 @@
+"""Architecture ``matryoshka_topk``: the k largest latents of each sample, saved as a TopK SAE.
+
+TopK: Gao et al., arXiv:2406.04093. With a single level it is SAELens's ``topk``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from sae_lens import TopKSAEConfig, TopKTrainingSAE
+from sae_lens.saes.sae import SAEConfig
+from torch import Tensor
+from typing_extensions import override
+
+from sae_lens_matryoshka.ops.selection import Selection, select_topk
+from sae_lens_matryoshka.saes.nested_training_config import validate_k
+from sae_lens_matryoshka.saes.topk_family import TopKFamilyTrainingSAE, TopKFamilyTrainingSAEConfig
+
+GUESS_SHARE = 0.01
+"""The share of samples whose k-th largest score may lie below the guess for the next step's. Those are sorted alone."""
+
+
+@dataclass
+class MatryoshkaTopKTrainingSAEConfig(TopKFamilyTrainingSAEConfig):
+    """Configuration for training a Matryoshka SAE with TopK.
+
+    The fields are those of SAELens's ``topk`` and of :class:`NestedTrainingSAEConfig`.
+
+    Args:
+        matryoshka_widths (list[int]): The number of latents of each level, smallest level first.
+        k (int): The number of latents to keep active a sample. Inherited from TopKTrainingSAEConfig.
+        use_matryoshka_aux_loss (bool): Whether dead latents reconstruct the error of their own level rather than of
+            the whole SAE.
+        aux_loss_coefficient (float): Coefficient of the auxiliary loss for dead latents. Inherited from
+            TopKTrainingSAEConfig.
+        rescale_acts_by_decoder_norm (bool): Select latents as if the decoder were normalized. Inherited from
+            TopKTrainingSAEConfig.
+        use_sparse_activations (bool): Read by SAELens's own code only; the fast step is sparse anyway. Inherited from
+            TopKTrainingSAEConfig.
+        d_in (int): Width of the activations. Inherited from SAEConfig.
+        d_sae (int): Number of latents. Inherited from SAEConfig.
+    """
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "matryoshka_topk"
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return TopKSAEConfig
+
+    def __post_init__(self) -> None:
+        validate_k(self.k, self.d_sae, whole=True)
+        self.k = int(self.k)
+        super().__post_init__()
+
+
+class MatryoshkaTopKTrainingSAE(TopKFamilyTrainingSAE, TopKTrainingSAE):
+    """A Matryoshka SAE in training that keeps the k largest latents of each sample.
+
+    In training every prefix reconstructs from its part of one selection among all latents. In the saved SAE a level
+    stands alone and fires the k largest of its own latents.
+    """
+
+    cfg: MatryoshkaTopKTrainingSAEConfig  # type: ignore[assignment]
+
+    @override
+    def _select(self, x: Float[Tensor, "batch d_in"], decoder_norms: Float[Tensor, " d_sae"] | None) -> Selection:
+        parameters = (self.W_enc.detach(), self.b_enc.detach(), decoder_norms)
+        selection = select_topk(x, *parameters, self.cfg.k, self.selection_guess.item())
+        smallest = x.new_full((x.shape[0],), torch.inf)
+        smallest.scatter_reduce_(0, selection.rows, selection.scores.to(x.dtype), "amin")
+        guess = smallest.nan_to_num(posinf=0.0).kthvalue(max(1, int(GUESS_SHARE * x.shape[0]))).values
+        self.selection_guess = guess.to(self.selection_guess.dtype)
+        return selection

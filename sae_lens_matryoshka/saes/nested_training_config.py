@@ -1,0 +1,110 @@
+"""What every Matryoshka variant can be asked for beside its SAELens twin's fields, checked before a model is loaded."""
+
+import math
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+from sae_lens import TrainingSAEConfig
+
+from sae_lens_matryoshka.levels import validate_level_weights, validate_widths
+from sae_lens_matryoshka.ops.nested_loss import NestedObjective
+from sae_lens_matryoshka.prefix_sampling import PrefixSampling
+
+
+@dataclass
+class NestedTrainingSAEConfig(TrainingSAEConfig):
+    """The fields that all Matryoshka training configs share. The config is checked when it is made.
+
+    Args:
+        matryoshka_widths (list[int]): The number of latents of each level, smallest level first. Copied, never edited.
+            A last width below d_sae warns and adds the full level (arXiv:2503.17547, section 3).
+        level_weights (list[float] | None): The weight of each level's error in the loss, smallest level first. None
+            counts every level once, as in SAELens and arXiv:2503.17547.
+        prefix_sampling (dict[str, Any] | None): Train on prefixes drawn afresh each step in place of the levels, which
+            then only say what is reported and cut out: ``{n_prefixes, min_width, pareto_power, seed}``, see
+            :class:`~sae_lens_matryoshka.prefix_sampling.PrefixSampling` (Nabeshima 2024).
+        stop_gradient_between_levels (bool): Each level trains only its own new latents, against what the smaller levels
+            leave over, and is not changed by what larger levels would like.
+        snap_loss (bool): Take the L2 norm of the residual in place of its square on all levels but the full one
+            (Chanin's "snap loss" Matryoshka SAEs, https://huggingface.co/chanind/gemma-2-2b-batch-topk-matryoshka-saes-w-32k-l0-40).
+        order_latents_by_contribution (bool): Sort the latents after every step by their running mean squared
+            contribution to the reconstruction, largest first, so that a latent's level is decided by how much it
+            explains (Nabeshima 2024). The saved SAE is in that order.
+        latent_contribution_lr (float): Learning rate of that running mean; 0.05 is Nabeshima's.
+    """
+
+    matryoshka_widths: list[int] = field(default_factory=list)
+    level_weights: list[float] | None = None
+    prefix_sampling: dict[str, Any] | None = None
+    stop_gradient_between_levels: bool = False
+    snap_loss: bool = False
+    order_latents_by_contribution: bool = False
+    latent_contribution_lr: float = 0.05
+
+    def __post_init__(self) -> None:
+        self.matryoshka_widths = validate_widths(self.matryoshka_widths, self.d_sae)
+        n_levels = len(self.matryoshka_widths)
+        if self.level_weights is not None:
+            self.level_weights = validate_level_weights(self.level_weights, n_levels)
+        if self.prefix_sampling is not None:
+            PrefixSampling.from_dict(self.prefix_sampling, self.d_sae)
+        _validate_learning_rate(self.latent_contribution_lr, "latent_contribution_lr")
+        self._refuse_senseless_combinations(n_levels)
+        super().__post_init__()
+
+    @property
+    def prefix_law(self) -> PrefixSampling | None:
+        """The law that prefixes are drawn from; None where the levels are trained."""
+        if self.prefix_sampling is None:
+            return None
+        return PrefixSampling.from_dict(self.prefix_sampling, self.d_sae)
+
+    @property
+    def objective(self) -> NestedObjective:
+        """The loss that these fields ask for."""
+        weights = None if self.level_weights is None else tuple(self.level_weights)
+        return NestedObjective(weights, self.snap_loss, self.stop_gradient_between_levels)
+
+    def _refuse_senseless_combinations(self, n_levels: int) -> None:
+        if self.prefix_sampling is not None and self.level_weights is not None:
+            raise ValueError(
+                "level_weights and prefix_sampling exclude each other: weights belong to fixed levels, and drawn "
+                "prefixes are not trained by level; drop one, or use pareto_power to favour short prefixes."
+            )
+        if n_levels == 1 and self.prefix_sampling is None:
+            for name in ("stop_gradient_between_levels", "snap_loss", "order_latents_by_contribution"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name}=True changes nothing with the single level matryoshka_widths="
+                        f"{self.matryoshka_widths}; add smaller levels or prefix_sampling, or drop it."
+                    )
+        if self.stop_gradient_between_levels and self.level_weights is not None and 0 in self.level_weights:
+            raise ValueError(
+                f"level_weights={self.level_weights} with stop_gradient_between_levels=True leaves the latents of a "
+                "level of weight 0 untrained, since no other level trains them; give it a weight or drop the level."
+            )
+
+
+def validate_k(k: float, d_sae: int, whole: bool = False) -> None:
+    """Check how many latents are to be active.
+
+    Args:
+        k: The value of the field ``k``.
+        d_sae: The number of latents.
+        whole: Whether only whole numbers will do.
+
+    Raises:
+        ValueError: If it is not a positive number, or is above ``d_sae``, or has a fraction where none will do.
+    """
+    if isinstance(k, bool) or not isinstance(k, Real) or not math.isfinite(k) or k <= 0:
+        raise ValueError(f"k={k!r} must be a positive number: how many latents fire on average a sample, such as 40.")
+    if whole and k != int(k):
+        raise ValueError(f"k={k!r} must be a whole number: every sample has as many; use {max(1, round(k))}.")
+    if k > d_sae:
+        raise ValueError(f"k={k} is above d_sae={d_sae}: no more latents than there are can fire; lower k.")
+
+
+def _validate_learning_rate(value: float, field: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
+        raise ValueError(f"{field}={value!r} must be above 0 and at most 1, such as 0.05.")

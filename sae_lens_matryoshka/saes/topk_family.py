@@ -1,0 +1,118 @@
+"""What the variants that select their latents share: BatchTopK and TopK, with the auxiliary loss for dead latents."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.saes.sae import TrainStepInput
+from torch import Tensor
+from typing_extensions import override
+
+from sae_lens_matryoshka.ops.auxiliary_loss import auxiliary_loss, matryoshka_auxiliary_loss
+from sae_lens_matryoshka.ops.encoder import selected_hidden_pre
+from sae_lens_matryoshka.ops.nested_loss import NestedErrors
+from sae_lens_matryoshka.ops.selection import Selection
+from sae_lens_matryoshka.saes.nested_training_config import NestedTrainingSAEConfig
+from sae_lens_matryoshka.saes.nested_training_sae import (
+    SAMPLE_NORMALIZATIONS,
+    Encoding,
+    NestedTrainingSAE,
+    Prefixes,
+    level_dead,
+)
+
+
+@dataclass
+class TopKFamilyTrainingSAEConfig(NestedTrainingSAEConfig, TopKTrainingSAEConfig):
+    """Fields of the variants that select their latents.
+
+    Args:
+        use_matryoshka_aux_loss (bool): Whether dead latents reconstruct the error of their own level rather than of
+            the whole SAE, as in SAELens's ``matryoshka_batchtopk``.
+    """
+
+    use_matryoshka_aux_loss: bool = False
+
+
+class TopKFamilyTrainingSAE(NestedTrainingSAE, TopKTrainingSAE):
+    """A Matryoshka SAE in training whose latents are the largest, of a batch or of each sample."""
+
+    cfg: TopKFamilyTrainingSAEConfig  # type: ignore[assignment]
+    selection_guess: Float[Tensor, ""]
+
+    def __init__(self, cfg: TopKFamilyTrainingSAEConfig, use_error_term: bool = False) -> None:
+        super().__init__(cfg, use_error_term)
+        # float64, so that saving and loading do not move it
+        self._register_training_buffer("selection_guess", torch.zeros((), dtype=torch.float64))
+
+    @abstractmethod
+    def _select(self, x: Float[Tensor, "batch d_in"], decoder_norms: Float[Tensor, " d_sae"] | None) -> Selection:
+        """The latents to keep, by pre-activation times decoder norm."""
+
+    @override
+    def _encode(self, x: Float[Tensor, "batch d_in"], prefixes: Prefixes) -> Encoding:
+        selection = self._select(x.detach(), self._decoder_norms())
+        latents = prefixes.lay_out(selection, x.shape[0])
+        # SAELens multiplies selected pre-activations by the decoder norms and divides by them again: they cancel
+        hidden_pre = selected_hidden_pre(x, self.W_enc, self.b_enc, self._subtracted_b_dec(), latents)
+        return Encoding(latents, hidden_pre, hidden_pre, latents.to_sparse(latents.scores))
+
+    @override
+    def _penalties(
+        self,
+        step_input: TrainStepInput,
+        x: Float[Tensor, "batch d_in"],
+        encoding: Encoding,
+        errors: NestedErrors,
+        prefixes: Prefixes,
+        row_scale: Float[Tensor, "batch 1"] | None,
+    ) -> dict[str, Tensor]:
+        loss = x.new_zeros(())
+        dead_mask = step_input.dead_neuron_mask
+        if dead_mask is not None:
+            parameters = (x, self.W_enc, self.b_enc, self.W_dec, self._subtracted_b_dec())
+            norms = self._decoder_norms()
+            if errors.level_residuals is not None and self.cfg.use_matryoshka_aux_loss:
+                dead_of_levels = level_dead(dead_mask, prefixes)
+                loss = matryoshka_auxiliary_loss(*parameters, -errors.level_residuals, dead_of_levels, norms, row_scale)
+            else:
+                dead = dead_mask.nonzero().squeeze(1)
+                loss = auxiliary_loss(*parameters, -errors.residual, dead, norms, row_scale)
+        return {"auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * loss}
+
+    @property
+    @override
+    def _needs_level_residuals(self) -> bool:
+        return self.cfg.use_matryoshka_aux_loss
+
+    @override
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    ) -> dict[str, Tensor]:
+        """SAELens's auxiliary loss; ours where SAELens has none: for each prefix, and for normalized samples."""
+        if not self.cfg.use_matryoshka_aux_loss and self.cfg.normalize_activations not in SAMPLE_NORMALIZATIONS:
+            loss = self.calculate_topk_aux_loss(step_input.sae_in, sae_out, hidden_pre, step_input.dead_neuron_mask)
+            return {"auxiliary_reconstruction_loss": loss}
+        with torch.no_grad():
+            prefixes = self.prefixes(step_input.n_training_steps)
+            x = self.process_sae_in(step_input.sae_in)
+            target, row_scale = self._target_before_normalization_is_undone(step_input.sae_in)
+            residuals = torch.stack(self._reconstructions(feature_acts, prefixes)) - step_input.sae_in
+            if row_scale is not None:
+                residuals = residuals / row_scale
+            zero = residuals.new_zeros(())
+            errors = NestedErrors(zero, zero, residuals[-1], residuals)
+        encoding = Encoding(prefixes.lay_out_dense(target.shape[0]), hidden_pre, hidden_pre, feature_acts)
+        return self._penalties(step_input, x, encoding, errors, prefixes, row_scale)
+
+    @override
+    def _decoder_scale(self) -> Float[Tensor, " d_sae"] | None:
+        return 1 / self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
+
+    def _decoder_norms(self) -> Float[Tensor, " d_sae"] | None:
+        return self.W_dec.detach().norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
+
+    def _subtracted_b_dec(self) -> Float[Tensor, " d_in"] | None:
+        return self.b_dec if self.cfg.apply_b_dec_to_input else None

@@ -1,0 +1,192 @@
+"""The options that all variants share: ordering, drawn prefixes, their resumption, and combinations refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import SAETrainer, TrainingSAE
+from sae_lens.config import SAETrainerConfig
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.saes.sae import TrainStepInput
+from torch import Tensor
+
+from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
+
+ARCHITECTURES = ["matryoshka", "matryoshka_topk", "matryoshka_jumprelu", "matryoshka_standard"]
+
+
+def _config(architecture: str, **options: Any) -> Any:
+    k = {"k": 3} if architecture in ("matryoshka", "matryoshka_topk") else {}
+    config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
+    return config_class(**{"d_in": 6, "d_sae": 24, "matryoshka_widths": [3, 8, 24], **k, **options})
+
+
+def _trainer(architecture: str, n_steps: int = 20, **options: Any) -> SAETrainer[Any, Any]:
+    torch.manual_seed(0)
+    sae = SAE_TRAINING_CLASS_REGISTRY[architecture][0](_config(architecture, **options))
+    cfg = SAETrainerConfig(n_steps * 32, 32, lr=1e-2, lr_end=1e-2, dead_feature_window=3)
+    return SAETrainer(cfg, sae, iter(()))
+
+
+def _train(trainer: SAETrainer[Any, Any], steps: range) -> list[float]:
+    losses: list[float] = []
+    for step in steps:
+        x = torch.randn(32, 6, generator=torch.Generator().manual_seed(step)).to(trainer.sae.dtype)
+        losses.append(trainer.step(x).loss.item())
+        trainer.n_training_steps += 1
+    return losses
+
+
+def _move_latents(trainer: SAETrainer[Any, Any], order: Tensor):
+    """Put latents in order by moving parameters, optimizer state and statistics together, as Nabeshima describes it."""
+    sae = trainer.sae
+    for name, parameter in sae.named_parameters():
+        tensors = [parameter.data, *(trainer.optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq"))]
+        for tensor in tensors:
+            if name == "W_enc":
+                tensor.copy_(tensor[:, order])
+            elif name != "b_dec":
+                tensor.copy_(tensor[order])
+    for tensor in (trainer.n_forward_passes_since_fired, trainer.act_freq_scores):
+        tensor.copy_(tensor[order])
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_ordering_equals_moving_parameters_and_optimizer_state_together(architecture: str, sampled: bool):
+    options: dict[str, Any] = {"dtype": "float64"}
+    if sampled:
+        options["prefix_sampling"] = {"n_prefixes": 4}
+    ours = _trainer(architecture, **options, order_latents_by_contribution=True)
+    moved = _trainer(architecture, **options)
+    contribution = torch.zeros(24, dtype=torch.float64)
+    orders: set[tuple[int, ...]] = set()
+    for step in range(20):
+        x = torch.randn(32, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        outputs = []
+        with torch.no_grad():  # before the step, which changes the decoder
+            norms = moved.sae.W_dec.norm(dim=-1)
+        for trainer in (ours, moved):
+            outputs.append(trainer.step(x))
+            trainer.n_training_steps += 1
+        torch.testing.assert_close(outputs[0].loss, outputs[1].loss, rtol=1e-6, atol=0)
+        acts = outputs[1].feature_acts.detach().to_dense()
+        if "topk" not in architecture and architecture != "matryoshka":
+            acts = acts * norms  # those of TopK are in units of the decoder norm already
+        contribution = 0.95 * contribution + 0.05 * acts.pow(2).mean(0)
+        order = contribution.argsort(descending=True, stable=True)
+        orders.add(tuple(order.tolist()))
+        _move_latents(moved, order)
+        contribution = contribution[order]
+    assert len(orders) > 10  # latents did change places
+    saved = [MatryoshkaSAE.from_sae(trainer.sae) for trainer in (ours, moved)]
+    for (name, first), second in zip(saved[0].named_parameters(), saved[1].parameters(), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-7, check_dtype=False, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_permutation_within_a_level_changes_no_loss(architecture: str):
+    first, second = (_trainer(architecture).sae for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    bounds = [(0, 3), (3, 8), (8, 24)]
+    order = torch.cat([start + torch.randperm(stop - start, generator=generator) for start, stop in bounds])
+    with torch.no_grad():
+        for name, parameter in second.named_parameters():
+            if name != "b_dec":
+                parameter.copy_(parameter[:, order] if name == "W_enc" else parameter[order])
+    step_input = TrainStepInput(torch.randn(32, 6, generator=generator), {"l0": 1.0, "l1": 1.0}, None, 0, False)
+    losses = [sae.training_forward_pass(step_input).losses for sae in (first, second)]
+    assert losses[0].keys() == losses[1].keys() >= {"inner_mse_loss_3", "inner_mse_loss_8", "mse_loss"}
+    for name, loss in losses[0].items():
+        torch.testing.assert_close(loss, losses[1][name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_run_resumed_from_a_checkpoint_is_bit_equal(architecture: str, tmp_path: Path):
+    options = {"prefix_sampling": {"n_prefixes": 4, "seed": 5}, "order_latents_by_contribution": True}
+    whole = _trainer(architecture, **options)
+    losses = _train(whole, range(20))
+    first = _trainer(architecture, **options)
+    _train(first, range(12))
+    first.save_checkpoint("at_12", base_path=tmp_path)
+    resumed = _trainer(architecture, **options)
+    resumed.load_trainer_state(tmp_path / "at_12")
+    resumed.sae.load_weights_from_checkpoint(tmp_path / "at_12")
+    assert _train(resumed, range(12, 20)) == losses[12:]
+    for name, tensor in whole.sae.state_dict().items():
+        assert tensor.equal(resumed.sae.state_dict()[name]), name
+    assert len(set(losses)) == 20
+
+
+def test_drawn_prefixes_are_trained_and_the_levels_are_reported():
+    trainer = _trainer("matryoshka", prefix_sampling={"n_prefixes": 4})
+    sae = trainer.sae
+    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
+    output = sae.training_forward_pass(TrainStepInput(x, {}, torch.zeros(24, dtype=torch.bool), 3, True))
+    widths = sae.prefixes(3).widths
+    assert widths == sae.cfg.prefix_law.draw(24, 3)
+    assert widths != sae.prefixes(4).widths
+    coefficients = output.feature_acts.to_dense() / sae.W_dec.norm(dim=-1)
+    errors = {w: (coefficients[:, :w] @ sae.W_dec[:w] + sae.b_dec - x).pow(2).sum(-1).mean() for w in [3, 8, *widths]}
+    torch.testing.assert_close(output.loss, torch.stack([errors[width] for width in widths]).sum())
+    torch.testing.assert_close(
+        output.losses["prefix_mse_loss"], torch.stack([errors[width] for width in widths[:-1]]).mean()
+    )
+    variance = (x - x.mean(0)).pow(2).sum(-1).mean()
+    for width in (3, 8, 24):
+        torch.testing.assert_close(output.metrics[f"fvu_level_{width}"], errors[width] / variance)
+    assert set(output.losses) == {"mse_loss", "auxiliary_reconstruction_loss", "prefix_mse_loss"}
+
+
+def test_with_a_stopped_gradient_larger_levels_do_not_move_smaller_ones():
+    sae = _trainer("matryoshka", stop_gradient_between_levels=True, level_weights=[1.0, 1.0, 1000.0]).sae
+    plain = _trainer("matryoshka").sae
+    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
+    for one in (sae, plain):
+        one.training_forward_pass(TrainStepInput(x, {}, None, 0, False)).loss.backward()
+    alone: TrainingSAE[Any] = MatryoshkaTrainingSAE(
+        MatryoshkaTrainingSAEConfig(6, 24, k=3, matryoshka_widths=[3, 8, 24], level_weights=[1.0, 0.0, 0.0])
+    )
+    alone.load_state_dict(plain.state_dict())
+    alone.training_forward_pass(TrainStepInput(x, {}, None, 0, False)).loss.backward()
+    stopped, expected, usual = (dict(one.named_parameters())["W_dec"].grad for one in (sae, alone, plain))
+    assert stopped is not None and expected is not None and usual is not None  # noqa: PT018
+    torch.testing.assert_close(stopped[:3], expected[:3])
+    assert not torch.allclose(usual[:3], expected[:3])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "message"),
+    [
+        ("matryoshka", {"prefix_sampling": {}, "level_weights": [1.0, 1.0, 1.0]}, "exclude each other"),
+        ("matryoshka_topk", {"matryoshka_widths": [24], "snap_loss": True}, "snap_loss=True changes nothing"),
+        (
+            "matryoshka_standard",
+            {"matryoshka_widths": [24], "stop_gradient_between_levels": True},
+            "stop_gradient_between_levels=True changes nothing",
+        ),
+        (
+            "matryoshka_jumprelu",
+            {"matryoshka_widths": [24], "order_latents_by_contribution": True},
+            "order_latents_by_contribution=True changes nothing",
+        ),
+        (
+            "matryoshka",
+            {"stop_gradient_between_levels": True, "level_weights": [1.0, 0.0, 1.0]},
+            "leaves the latents of a level of weight 0 untrained",
+        ),
+        ("matryoshka", {"prefix_sampling": {"n_prefixes": 40}}, "needs 39 different lengths"),
+        ("matryoshka", {"latent_contribution_lr": 0.0}, "latent_contribution_lr=0.0 must be above 0"),
+        ("matryoshka_topk", {"k": 2.5}, r"k=2\.5 must be a whole number"),
+        ("matryoshka_topk", {"k": 25}, "k=25 is above d_sae=24"),
+        ("matryoshka_jumprelu", {"jumprelu_sparsity_loss_mode": "quadratic"}, "target_l0=None must be above 0"),
+        ("matryoshka_jumprelu", {"jumprelu_sparsity_loss_mode": "l1"}, "must be one of step, tanh, quadratic"),
+        ("matryoshka_jumprelu", {"jumprelu_bandwidth": 0}, "jumprelu_bandwidth=0 must be positive"),
+        ("matryoshka_standard", {"l1_of_every_prefix": True, "lp_norm": 2.0}, "needs lp_norm=1"),
+        ("matryoshka_standard", {"matryoshka_widths": [8, 3]}, "must be strictly increasing"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_the_reason(architecture: str, options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        _config(architecture, **options)
