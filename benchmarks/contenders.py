@@ -2,20 +2,14 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import Any
 
 import torch
-from sae_lens import (
-    BatchTopKTrainingSAE,
-    BatchTopKTrainingSAEConfig,
-    MatryoshkaBatchTopKTrainingSAE,
-    MatryoshkaBatchTopKTrainingSAEConfig,
-    SAETrainer,
-    TrainingSAE,
-)
+from sae_lens import JumpReLUTrainingSAE, SAETrainer, StandardTrainingSAE, TrainingSAE
 from sae_lens.config import SAETrainerConfig
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
@@ -51,14 +45,31 @@ class Options:
     dead_share: float = 0.0
     device: str = "cpu"
     autocast: bool = False
+    prefix_sampling: dict[str, Any] | None = None
+    sparse: bool = False
+    """Whether JumpReLU and ReLU SAEs fire k latents a sample, as when trained, rather than half of all."""
+
+
+ARCHITECTURES = {
+    "ours": "matryoshka",
+    "ours, SAELens's Adam": "matryoshka",
+    "SAELens matryoshka": "matryoshka_batchtopk",
+    "ours topk": "matryoshka_topk",
+    "ours jumprelu": "matryoshka_jumprelu",
+    "ours standard": "matryoshka_standard",
+    "SAELens batchtopk": "batchtopk",
+    "SAELens topk": "topk",
+    "SAELens jumprelu": "jumprelu",
+    "SAELens standard": "standard",
+}
+"""The architectures in SAELens's registry, by contender."""
 
 
 def contender(name: str, shape: Shape, options: Options) -> Step:
     """One full step of a contender, as SAELens's trainer does it: forward, backward, clipping, Adam, statistics.
 
     Args:
-        name: ``ours``, ``ours, SAELens's Adam``, ``SAELens matryoshka``, ``SAELens batchtopk``,
-            ``dictionary_learning``, or ``encoder product``, the floor.
+        name: One of :data:`ARCHITECTURES`, ``dictionary_learning``, or ``encoder product``, the floor.
         shape: The size of the step.
         options: How to train.
     """
@@ -73,25 +84,28 @@ def contender(name: str, shape: Shape, options: Options) -> Step:
         return product
     if name == "dictionary_learning":
         return _dictionary_learning(shape, options)
-    sizes: dict[str, Any] = {"d_in": shape.d_in, "d_sae": shape.d_sae, "k": shape.k}
-    widths = level_widths(shape.d_sae, options.n_levels)
-    sae: TrainingSAE[Any]
-    if name.startswith("ours"):
-        sae = MatryoshkaTrainingSAE(MatryoshkaTrainingSAEConfig(**sizes, matryoshka_widths=widths))
-    elif name == "SAELens matryoshka":
-        cfg = MatryoshkaBatchTopKTrainingSAEConfig(**sizes, matryoshka_widths=widths)
-        sae = MatryoshkaBatchTopKTrainingSAE(cfg)
-    elif name == "SAELens batchtopk":
-        sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**sizes))
-    else:
+    if name not in ARCHITECTURES:
         raise ValueError(f"There is no contender called {name!r}.")
+    sae_class, config_class = SAE_TRAINING_CLASS_REGISTRY[ARCHITECTURES[name]]
+    wanted: dict[str, Any] = {
+        "d_in": shape.d_in,
+        "d_sae": shape.d_sae,
+        "k": shape.k,
+        "matryoshka_widths": level_widths(shape.d_sae, options.n_levels),
+        "prefix_sampling": options.prefix_sampling,
+    }
+    sae: TrainingSAE[Any] = sae_class(
+        config_class(**{f.name: wanted[f.name] for f in fields(config_class) if f.name in wanted})
+    )
+    if options.sparse:
+        make_sparse(sae, shape)
     sae.to(options.device)
     trainer = SAETrainer(
         SAETrainerConfig(10**9, shape.batch, lr=1e-4, lr_end=1e-4, device=options.device, autocast=options.autocast),
         sae,
         iter(()),
     )
-    if name == "ours":
+    if name.startswith("ours") and "SAELens" not in name:
         fuse_adam(trainer)
     dead = torch.randperm(shape.d_sae, device=options.device)[: int(options.dead_share * shape.d_sae)]
 
@@ -118,6 +132,19 @@ def forward_backward(shape: Shape, options: Options) -> Step:
         output.loss.backward()
 
     return step
+
+
+@torch.no_grad()
+def make_sparse(sae: TrainingSAE[Any], shape: Shape) -> None:
+    """Make an SAE with thresholds fire k latents a sample on the benchmark's data."""
+    if not isinstance(sae, JumpReLUTrainingSAE | StandardTrainingSAE):
+        return
+    hidden_pre = batches(shape, 1, "cpu")[0][:256] @ sae.W_enc
+    threshold = hidden_pre.flatten().topk(256 * shape.k).values[-1]
+    if isinstance(sae, JumpReLUTrainingSAE):
+        sae.threshold.fill_(threshold)
+    else:
+        sae.b_enc.fill_(-threshold)
 
 
 def level_widths(d_sae: int, n_levels: int) -> list[int]:

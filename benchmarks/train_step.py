@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,6 +31,14 @@ CONTENDERS = [
     "dictionary_learning",
     "encoder product",
 ]
+VARIANTS = [
+    ("batchtopk", "k"),
+    ("topk", "k"),
+    ("jumprelu", "half, as at the start"),
+    ("jumprelu", "k"),
+    ("standard", "half, as at the start"),
+    ("standard", "k"),
+]
 
 
 def main() -> None:
@@ -37,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="D_IN/D_SAE/BATCH/K")
     parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
+    parser.add_argument("--only", choices=["contenders", "variants", "options"], help="print tables of one kind only")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast, as SAELens's autocast option")
@@ -47,9 +57,15 @@ def main() -> None:
         print(peak_extra_memory(options.memory_of, Shape.parse(options.shapes[0]), options.device, options.autocast))
         return
     print(f"{machine(options.device)}\n")
-    for text in options.shapes:
-        compare_contenders(Shape.parse(text), options)
-    compare_options(Shape.parse(options.shapes[-2] if len(options.shapes) > 1 else options.shapes[0]), options)
+    shapes = [Shape.parse(text) for text in options.shapes]
+    middle = shapes[-2] if len(shapes) > 1 else shapes[0]
+    if options.only in (None, "contenders"):
+        for shape in shapes:
+            compare_contenders(shape, options)
+    if options.only in (None, "variants"):
+        compare_variants(middle, options)
+    if options.only in (None, "options"):
+        compare_options(middle, options)
 
 
 def compare_contenders(shape: Shape, options: argparse.Namespace) -> None:
@@ -73,6 +89,20 @@ def compare_contenders(shape: Shape, options: argparse.Namespace) -> None:
     print()
 
 
+def compare_variants(shape: Shape, options: argparse.Namespace) -> None:
+    """One table: every variant with 5 levels beside its SAELens twin with one."""
+    print(f"### Every variant with 5 levels beside its one-level twin, {shape}\n")
+    print("| variant | latents that fire | ours | SAELens's twin | twin / ours |\n|---|---|---|---|---|")
+    for variant, firing in VARIANTS:
+        base = Options(device=options.device, autocast=options.autocast, sparse=firing == "k")
+        ours = "ours" if variant == "batchtopk" else f"ours {variant}"
+        steps = {name: contender(name, shape, base) for name in (ours, f"SAELens {variant}")}
+        seconds, twin_seconds = interleaved_medians(steps, shape, options).values()
+        ratio = twin_seconds / seconds
+        print(f"| {variant} | {firing} | {seconds:.3f} | {twin_seconds:.3f} | {ratio:.2f}x |", flush=True)
+    print()
+
+
 def compare_options(shape: Shape, options: argparse.Namespace) -> None:
     """One table: our step with few and many levels, and with dead latents."""
     variants = {
@@ -80,10 +110,12 @@ def compare_options(shape: Shape, options: argparse.Namespace) -> None:
         "5 levels": Options(),
         "20 levels": Options(n_levels=20),
         "5 levels, 10 % dead": Options(dead_share=0.1),
+        "2 prefixes drawn a step": Options(prefix_sampling={"n_prefixes": 2}),
+        "10 prefixes drawn a step": Options(prefix_sampling={"n_prefixes": 10}),
     }
     steps = {
-        name: contender("ours", shape, Options(v.n_levels, v.dead_share, options.device, options.autocast))
-        for name, v in variants.items()
+        name: contender("ours", shape, replace(variant, device=options.device, autocast=options.autocast))
+        for name, variant in variants.items()
     }
     seconds = interleaved_medians(steps, shape, options)
     print(f"### Ours with other levels, {shape}\n")

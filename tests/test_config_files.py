@@ -10,6 +10,7 @@ from sae_lens.synthetic import SyntheticSAERunnerConfig
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig, paper_widths
 from sae_lens_matryoshka.config_files import ConfigError, build_runner_configs, embedded_run_files, read_run_file
+from sae_lens_matryoshka.registration import TRAINING_CLASSES
 
 RUN: dict[str, Any] = {
     "model_name": "some/model",
@@ -25,17 +26,25 @@ SYNTHETIC: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", ["synthetic", "tinystories", "gemma-2-2b", "gemma-2-2b-sweep"])
+@pytest.mark.parametrize("name", embedded_run_files())
 def test_embedded_run_files_build(name: str):
-    assert name in embedded_run_files()
     configs = build_runner_configs(read_run_file(name, [] if name == "synthetic" else ["device=cpu"]))
     expected: dict[str, type] = {
         "synthetic": dict,
         "tinystories": LanguageModelSAERunnerConfig,
         "gemma-2-2b": LanguageModelSAERunnerConfig,
         "gemma-2-2b-sweep": MultiSAETrainingRunnerConfig,
+        "tinystories-topk": LanguageModelSAERunnerConfig,
+        "tinystories-nabeshima": LanguageModelSAERunnerConfig,
+        "gemma-scope-2-like": LanguageModelSAERunnerConfig,
     }
     assert isinstance(configs, expected[name])
+
+
+def test_every_variant_has_a_run_file():
+    runs = [read_run_file(name) for name in embedded_run_files()]
+    architectures = {sae["architecture"] for run in runs for sae in run.get("saes", [run.get("sae")])}
+    assert {config_class.architecture() for _, config_class in TRAINING_CLASSES} <= architectures
 
 
 def test_gemma_run_file_has_the_papers_settings():
