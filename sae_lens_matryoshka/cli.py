@@ -6,12 +6,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
-from safetensors import SafetensorError
 
+from sae_lens_matryoshka import hub
 from sae_lens_matryoshka.config_files import read_run_file
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.runner import train
@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _train(options)
         elif options.command == "inspect":
             _inspect(options)
+        elif options.command == "push":
+            _push(options)
         else:
             _run_saelens(saelens_arguments)
     except KeyboardInterrupt:
@@ -78,6 +80,16 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     inspect.add_argument("sae", metavar="PATH_OR_REPO", help="a folder, a Hub repository or a SAELens release")
     inspect.add_argument("--id", help="the SAE's id in the repository or release")
     inspect.add_argument("--widths", help="level widths, where they are not recorded, as 2048,6144,...")
+
+    push = commands.add_parser("push", help="publish saved SAEs on the Hugging Face Hub in one commit")
+    push.add_argument("path", metavar="PATH", help="a saved SAE, or a folder of them")
+    push.add_argument("repo_id", metavar="REPO_ID", help="the repository, as user/name; made if it does not exist")
+    push.add_argument("--id", help="id of a single SAE (default: its hook's name; folders keep their names)")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to publish on (default: the main one)")
+    push.add_argument("--results", metavar="DIR", help="benchmark results to show: results.csv and PNG figures")
+    push.add_argument("--levels", action="store_true", help="also publish each level as an SAE of its own")
+    push.add_argument("--dry-run", action="store_true", help="print the model card and the files, write nothing")
 
     commands.add_parser(
         "saelens", add_help=False, help="SAELens's own training command, with the architecture 'matryoshka' registered"
@@ -128,16 +140,9 @@ def _train(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     widths = None if options.widths is None else _parse_widths(options.widths)
-    if options.id is None and not (Path(options.sae) / "cfg.json").is_file():
-        raise UserError(
-            f"There is no saved SAE at {options.sae} (no cfg.json); for a Hub repository or release add --id."
-        )
     try:
-        if options.id is None:
-            sae = MatryoshkaSAE.load_from_disk(options.sae, widths=widths)
-        else:
-            sae = MatryoshkaSAE.from_pretrained(options.sae, options.id, widths=widths)
-    except (ValueError, TypeError, KeyError, SafetensorError) as error:
+        sae = hub.load(options.sae, options.id, widths=widths)
+    except (ValueError, TypeError) as error:
         raise UserError(f"{options.sae} cannot be shown: {error}") from error
 
     console = Console()
@@ -178,6 +183,44 @@ def _firing_rule(sae: MatryoshkaSAE, narrower: int, width: int) -> str:
         return "above 0"
     threshold = sae.threshold[narrower:width].detach().float()
     return f"{threshold.min():.4g} / {threshold.median():.4g} / {threshold.max():.4g}"
+
+
+def _push(options: argparse.Namespace) -> None:
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+
+    def show(push: hub.Push) -> None:
+        if options.dry_run:
+            console.print(push.card)
+        for path, size in push.files.items():
+            console.print(f"{path}  {decimal(size)}")
+        for path in push.obsolete:
+            console.print(f"{path}  removed: written by an earlier push, not by this one")
+        if push.levels_size:
+            console.print(f"Levels as SAEs of their own add {decimal(push.levels_size)}.")
+        for replacement in push.replacements:
+            published = "left out" if replacement.published is None else f"published as {replacement.published!r}"
+            console.print(f"{replacement.field}: {replacement.value!r} is {published}.")
+        if push.note:
+            console.print(push.note)
+
+    push = hub.push_to_hub(
+        options.path,
+        options.repo_id,
+        options.id,
+        private=options.private,
+        revision=options.revision,
+        results=options.results,
+        levels=options.levels,
+        dry_run=options.dry_run,
+        show=show,
+    )
+    if options.dry_run:
+        what = "would be made" if push.new_repository else "would get one commit"
+        console.print(f"Dry run: nothing was written; {push.repo_id} {what}.")
+    elif push.changed:
+        console.print(f"Published {', '.join(push.sae_ids)}: {push.url}")
+    else:
+        console.print(f"{push.repo_id} holds all of this already; nothing was changed.")
 
 
 def _parse_widths(text: str) -> list[int]:

@@ -20,6 +20,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from sae_lens_matryoshka.levels import level_index, level_of, validate_widths
+from sae_lens_matryoshka.loading.checks import check_parameters, check_saved_sae, loading_errors
+from sae_lens_matryoshka.loading.hub_errors import hub_errors
+from sae_lens_matryoshka.loading.known_releases import known_widths
+from sae_lens_matryoshka.loading.published import published_sae_loader
 
 
 @dataclass
@@ -247,6 +251,7 @@ class MatryoshkaSAE(SAE[Any]):
         kept["metadata"] = SAEMetadata.from_dict(cfg_dict["metadata"])
         matryoshka_sae = kind(config_class(**{**kept, "device": "meta", "matryoshka_widths": list(widths)}))
         matryoshka_sae.load_state_dict(state_dict, assign=True)
+        check_parameters(matryoshka_sae)
         matryoshka_sae.cfg.device = sae.cfg.device
         matryoshka_sae.device = sae.device
         return matryoshka_sae
@@ -273,9 +278,12 @@ class MatryoshkaSAE(SAE[Any]):
             widths: The level widths, for SAEs saved without them.
 
         Raises:
-            ValueError: If the widths are neither given nor recorded.
+            ValueError: If the widths are neither given nor recorded, or the files are damaged or contradict each other.
         """
-        sae: SAE[Any] = SAE.load_from_disk(path, device, dtype, converter, fold_W_dec_norm)
+        with loading_errors(str(path)):
+            if converter is sae_lens_disk_loader:
+                check_saved_sae(Path(path), dtype)
+            sae: SAE[Any] = SAE.load_from_disk(path, device, dtype, converter, fold_W_dec_norm)
         return cls.from_sae(sae, widths)
 
     @override
@@ -304,7 +312,8 @@ class MatryoshkaSAE(SAE[Any]):
             widths: The level widths, for SAEs published without them.
 
         Raises:
-            ValueError: If the widths are neither given nor recorded, or the release or id is unknown.
+            ValueError: If the widths are neither given, recorded nor known (:mod:`loading.known_releases`), the release
+                or id is unknown, the Hub cannot be reached, or the files are damaged or contradict each other.
         """
         return cls.from_pretrained_with_cfg_and_sparsity(
             release, sae_id, device, dtype, force_download, converter, fold_W_dec_norm, widths
@@ -324,9 +333,18 @@ class MatryoshkaSAE(SAE[Any]):
         widths: Sequence[int] | None = None,
     ) -> "tuple[MatryoshkaSAE, dict[str, Any], Tensor | None]":
         """As :meth:`from_pretrained`, with the published config and log sparsity beside the SAE."""
-        sae, cfg_dict, log_sparsity = SAE.from_pretrained_with_cfg_and_sparsity(
-            release, sae_id, device, dtype, force_download, converter, fold_W_dec_norm
-        )
+        with hub_errors(release), loading_errors(f"{sae_id} of {release}"):
+            sae, cfg_dict, log_sparsity = SAE.from_pretrained_with_cfg_and_sparsity(
+                release,
+                sae_id,
+                device,
+                dtype,
+                force_download,
+                converter or published_sae_loader(release),
+                fold_W_dec_norm,
+            )
+        if widths is None and recorded_widths(sae.cfg.to_dict()) is None:
+            widths = known_widths(release, sae_id)
         return cls.from_sae(sae, widths), cfg_dict, log_sparsity
 
     @override

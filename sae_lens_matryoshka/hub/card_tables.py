@@ -1,0 +1,118 @@
+"""The tables of a model card: levels, training settings, benchmark results."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def levels_table(widths: Sequence[int], figures: Sequence[dict[str, str]]) -> str:
+    """Width of every level and, where they were measured, L0, FVU and dead latents.
+
+    Args:
+        widths: The number of latents of each level.
+        figures: The rows of ``levels.csv``, one a level, or none.
+    """
+    if not figures:
+        return markdown_table(["level", "width"], [(str(level), str(width)) for level, width in enumerate(widths)])
+    rows: list[tuple[str, ...]] = []
+    for level, (width, row) in enumerate(zip(widths, figures, strict=True)):
+        dead = row.get("dead") or ""
+        share = f" ({int(dead) / width:.1%})" if dead.isdigit() else ""
+        l0, fvu = _number(row.get("l0") or "", ".2f"), _number(row.get("fvu") or "", ".4f")
+        rows.append((str(level), str(width), l0, fvu, f"{dead}{share}"))
+    return markdown_table(["level", "width", "L0", "FVU", "dead"], rows)
+
+
+def settings_table(cfg: dict[str, Any], run_settings: dict[str, Any]) -> str:
+    """How an SAE was trained, as far as its config and its run's config tell.
+
+    Args:
+        cfg: The SAE's config as SAELens 6 writes it.
+        run_settings: The runner's config, or nothing.
+    """
+    metadata = cfg.get("metadata") or {}
+    details = metadata.get("training_architecture_details") or {}
+    facts: dict[str, Any] = {
+        "model": metadata.get("model_name"),
+        "hook": metadata.get("hook_name"),
+        "data set": metadata.get("dataset_path"),
+        "d_in": cfg.get("d_in"),
+        "d_sae": cfg.get("d_sae"),
+        "data type": cfg.get("dtype"),
+        "trained as": metadata.get("training_architecture"),
+        **{name: value for name, value in details.items() if name != "matryoshka_widths"},
+        "normalize_activations": cfg.get("normalize_activations"),
+        "context_size": metadata.get("context_size"),
+        **{name: run_settings.get(name) for name in _RUN_FIELDS},
+        "SAELens version": metadata.get("sae_lens_training_version"),
+    }
+    rows = [(name, _text(value)) for name, value in facts.items() if value not in (None, "", [], {})]
+    return markdown_table(["setting", "value"], rows)
+
+
+def results_table(rows: Sequence[dict[str, str]]) -> str:
+    """Benchmark results, a metric a row and a level a column.
+
+    Args:
+        rows: Rows with ``metric`` and ``value``, and where known ``evaluation``, ``level`` and ``width``.
+    """
+    columns = sorted({_column(row) for row in rows})
+    cells: dict[tuple[str, str], dict[tuple[int, str], str]] = {}
+    for row in rows:
+        key = (row.get("evaluation") or "", row["metric"])
+        cells.setdefault(key, {})[_column(row)] = _number(row["value"], ".4g")
+    header = ["evaluation", "metric", *(name for _, name in columns)]
+    body = [(*key, *(values.get(column, "") for column in columns)) for key, values in cells.items()]
+    table = markdown_table(header, body)
+    if len(body) <= _LONG_TABLE:
+        return table
+    return f"<details>\n<summary>{len(body)} metrics</summary>\n\n{table}\n\n</details>"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose cells cannot break it."""
+    lines = [list(header), ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
+
+
+_LONG_TABLE = 40
+_RUN_FIELDS = (
+    "training_tokens",
+    "training_samples",
+    "batch_size",
+    "train_batch_size_tokens",
+    "lr",
+    "lr_scheduler_name",
+    "lr_warm_up_steps",
+    "lr_decay_steps",
+    "lr_end",
+    "adam_beta1",
+    "adam_beta2",
+    "autocast",
+    "autocast_lm",
+    "dead_feature_window",
+    "seed",
+)
+
+
+def _column(row: dict[str, str]) -> tuple[int, str]:
+    """Position and heading of a result's level."""
+    level, width = (_number(row.get(name) or "", ".0f") for name in ("level", "width"))
+    position = int(level) if level.isdigit() else -1
+    if level and width:
+        return position, f"level {level} ({width})"
+    return position, f"level {level}" if level else width or "value"
+
+
+def _number(text: str, form: str) -> str:
+    try:
+        return format(float(text), form)
+    except ValueError:
+        return text
+
+
+def _text(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000 else str(value)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())

@@ -1,0 +1,68 @@
+"""Loading a Matryoshka SAE from wherever it lies: a folder, a checkpoint file, a repository or a SAELens release."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from sae_lens.constants import SAE_CFG_FILENAME
+
+from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.loading.dictionary_learning import WEIGHTS_FILENAME, dictionary_learning_disk_loader
+from sae_lens_matryoshka.loading.published import published_folder_loader, published_sae_loader
+from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
+
+
+def load(
+    source: str | Path,
+    sae_id: str | None = None,
+    *,
+    widths: Sequence[int] | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    revision: str | None = None,
+    force_download: bool = False,
+) -> MatryoshkaSAE:
+    """Load a Matryoshka SAE that this plugin, SAELens or dictionary_learning has saved.
+
+    Args:
+        source: A folder with ``cfg.json`` or ``ae.pt``, a folder of such folders, an ``ae.pt`` file, a repository
+            ``user/name`` or a release of SAELens's directory.
+        sae_id: The SAE's id: its folder in ``source``.
+        widths: The level widths, for SAEs whose files do not record them.
+        device: The device to load to.
+        dtype: The data type to load as; None keeps the saved one of local files and, as SAELens does, takes float32
+            for published SAEs.
+        revision: Branch, tag or commit of a repository; None means the main branch.
+        force_download: Whether to download again what is cached.
+
+    Raises:
+        UserError: If there is no such SAE, the Hub cannot be reached, or the files are damaged or contradictory.
+        ValueError: If the widths are neither given, recorded nor known, or do not fit the SAE.
+    """
+    path = Path(source) / (sae_id or "")
+    if sae_id is None or path.exists():
+        return _load_from_disk(path, widths, device, dtype)
+    loader = published_sae_loader(str(source))
+    if revision is not None:
+        if loader is None:
+            raise UserError(
+                f"revision={revision!r} is not possible for {source}, whose format SAELens reads by itself."
+            )
+        loader = partial(published_folder_loader, revision=revision)
+    return MatryoshkaSAE.from_pretrained(
+        str(source), sae_id, device, dtype or "float32", force_download, loader, widths=widths
+    )
+
+
+def _load_from_disk(path: Path, widths: Sequence[int] | None, device: str, dtype: str | None) -> MatryoshkaSAE:
+    is_saelens = (path / SAE_CFG_FILENAME).is_file()
+    if not is_saelens and (path.is_file() or (path / WEIGHTS_FILENAME).is_file()):
+        return MatryoshkaSAE.load_from_disk(path, device, dtype, dictionary_learning_disk_loader, widths=widths)
+    if not is_saelens:
+        ids = sorted(str(cfg.parent.relative_to(path)) for cfg in path.glob(f"*/{SAE_CFG_FILENAME}"))
+        if ids:
+            raise UserError(f"{path} holds several SAEs; say which one by its id: {', '.join(ids)}.")
+        raise UserError(
+            f"There is no saved SAE at {path} (no {SAE_CFG_FILENAME}); for a Hub repository or release give its id too."
+        )
+    return MatryoshkaSAE.load_from_disk(path, device, dtype, widths=widths)

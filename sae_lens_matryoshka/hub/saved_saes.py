@@ -1,0 +1,163 @@
+"""What lies in a folder to be published: its SAEs, checked, with ids, configs free of local paths, and figures a level.
+
+The data's way: folder -> folders with ``cfg.json`` (:func:`find_saved_saes`) -> each loaded once in full, so that what
+cannot be loaded is not published -> :class:`SavedSAE`, from which the upload and the model card are made.
+"""
+
+import csv
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae_lens import SAE
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
+from sae_lens.synthetic import RUNNER_CONFIG_FILENAME
+
+from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.hub.local_paths import Replacement, without_local_paths
+from sae_lens_matryoshka.loading.checks import check_parameters, check_saved_sae, loading_errors, read_json
+from sae_lens_matryoshka.runner import LEVELS_FILENAME
+from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, recorded_widths
+
+
+@dataclass(frozen=True)
+class SavedSAE:
+    """An SAE on disk that can be published."""
+
+    sae_id: str
+    """Its folder in the repository."""
+
+    folder: Path
+    """Its folder on disk."""
+
+    cfg: dict[str, Any]
+    """Its config, free of local paths."""
+
+    runner_cfg: dict[str, Any] | None
+    """The config of the run that trained it, free of local paths; None if there is none."""
+
+    run_settings: dict[str, Any]
+    """The same for the model card, which also reads the config of a run on synthetic data."""
+
+    widths: list[int] | None
+    """The number of latents of each level; None for an SAE without levels."""
+
+    level_figures: list[dict[str, str]]
+    """The rows of ``levels.csv``; empty if there is none."""
+
+    replacements: tuple[Replacement, ...]
+    """What is published otherwise than it stands on disk."""
+
+    def load(self) -> SAE[Any]:
+        """Load it in full, as SAELens does."""
+        with loading_errors(str(self.folder)):
+            return SAE.load_from_disk(self.folder)
+
+
+def find_saved_saes(path: str | Path, sae_id: str | None = None) -> list[SavedSAE]:
+    """The SAEs in a folder that SAELens or this plugin has saved, or in the folders below it.
+
+    Args:
+        path: A folder with ``cfg.json``, or a folder of such folders.
+        sae_id: The id of a single SAE. Without it that is the name of its hook, or of its folder where it has none;
+            the SAEs of a folder of folders are called by their paths in it.
+
+    Raises:
+        UserError: If there is none, an id is not possible, or an SAE cannot be loaded in full.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"There is no folder {path}.")
+    if (path / SAE_CFG_FILENAME).is_file():
+        return [_read(path, path, sae_id)]
+    folders = sorted(cfg.parent for cfg in path.rglob(SAE_CFG_FILENAME))
+    if not folders:
+        raise UserError(f"{path} is not a saved SAE (no {SAE_CFG_FILENAME}), nor does it hold any.")
+    if sae_id is not None:
+        raise UserError(
+            f"{path} holds {len(folders)} SAEs, which are called by their folders; push one of those folders to give "
+            f"it the id {sae_id!r}."
+        )
+    return [_read(folder, path, folder.relative_to(path).as_posix()) for folder in folders]
+
+
+def check_sae_id(sae_id: str) -> str:
+    """Refuse an id that cannot be the folder of an SAE in a repository.
+
+    Raises:
+        UserError: If it is empty, absolute, leaves the repository, or has characters that a URL would change.
+    """
+    parts = sae_id.split("/")
+    allowed = all(re.fullmatch(r"[\w.-]+", part, re.ASCII) and part.strip(".") for part in parts)
+    if not allowed or any(part in (".git", ".cache") for part in parts):
+        raise UserError(
+            f"The id {sae_id!r} is not possible: it must be a relative path of letters, digits, '.', '_' and '-', as "
+            f"blocks.12.hook_resid_post or layer_12/width_16k."
+        )
+    return sae_id
+
+
+def _read(folder: Path, root: Path, sae_id: str | None) -> SavedSAE:
+    """Read and check one SAE; ``root`` is the folder that the user named, which may hold the run's config."""
+    if sae_id is not None:
+        check_sae_id(sae_id)
+    saved_cfg = check_saved_sae(folder)
+    replacements: list[Replacement] = []
+    cfg = without_local_paths(saved_cfg, f"{SAE_CFG_FILENAME}: ", replacements)
+    if sae_id is None:
+        metadata = cfg.get("metadata") or cfg  # before SAELens 6 metadata stood beside the rest
+        sae_id = check_sae_id(metadata.get("hook_name") or folder.resolve().name)
+    runner_cfg_path = _first_file(folder / RUNNER_CFG_FILENAME, root / RUNNER_CFG_FILENAME)
+    runner_cfg = None
+    if runner_cfg_path is not None:
+        runner_cfg = without_local_paths(read_json(runner_cfg_path), f"{RUNNER_CFG_FILENAME}: ", replacements)
+    run_settings = runner_cfg or {}
+    if runner_cfg is None and (folder / RUNNER_CONFIG_FILENAME).is_file():
+        run_settings = without_local_paths(
+            read_json(folder / RUNNER_CONFIG_FILENAME), f"{RUNNER_CONFIG_FILENAME}: ", []
+        )
+    saved = SavedSAE(
+        sae_id,
+        folder,
+        cfg,
+        runner_cfg,
+        run_settings,
+        recorded_widths(saved_cfg),
+        _read_levels(folder / LEVELS_FILENAME),
+        tuple(replacements),
+    )
+    _check_loads(saved)
+    return saved
+
+
+def _check_loads(saved: SavedSAE) -> None:
+    """Load an SAE and let it go again, so that nothing is published that others cannot load."""
+    sae = saved.load()
+    check_parameters(sae)
+    if saved.widths is None:
+        return
+    try:
+        widths = MatryoshkaSAE.from_sae(sae).widths
+    except (ValueError, TypeError) as error:
+        raise UserError(f"The levels of {saved.folder} cannot be read: {error}") from error
+    measured = [int(row["width"]) for row in saved.level_figures]
+    if measured and measured != widths:
+        raise UserError(
+            f"{saved.folder / LEVELS_FILENAME} has figures for levels {measured}, but the SAE's are {widths}; "
+            f"remove the file."
+        )
+
+
+def _read_levels(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not all((row.get("width") or "").isdigit() for row in rows):
+        raise UserError(f"{path} is not a table of levels: every row needs a whole number under 'width'.")
+    return rows
+
+
+def _first_file(*paths: Path) -> Path | None:
+    return next((path for path in paths if path.is_file()), None)

@@ -1,0 +1,151 @@
+"""An SAE is loaded whole or not at all: what can be wrong with its files is one sentence before anything is built.
+
+The cheap part comes first: the config and the header of the weights file say what should be there. What only the
+numbers show, such as NaN, is looked for once they are in memory.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.constants import DTYPE_MAP, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
+from sae_lens.registry import SAE_CLASS_REGISTRY
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from sae_lens_matryoshka.errors import UserError
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The contents of a saved SAE's ``cfg.json``, as they stand in the file.
+
+    Raises:
+        UserError: If there is none, it cannot be read, or it is not the config of an SAE that SAELens knows.
+    """
+    path = folder / SAE_CFG_FILENAME
+    if not path.is_file():
+        raise UserError(f"There is no saved SAE at {folder} (no {SAE_CFG_FILENAME}).")
+    cfg = read_json(path)
+    for field in ("d_in", "d_sae"):
+        if not isinstance(cfg.get(field), int) or cfg[field] < 1:
+            raise UserError(f"{path}: {field}={cfg.get(field)!r} must be a positive whole number.")
+    architecture = cfg.get("architecture", "standard")  # configs from before SAELens 3 have none
+    if architecture not in SAE_CLASS_REGISTRY:
+        raise UserError(f"{path}: architecture={architecture!r} is none of {', '.join(SAE_CLASS_REGISTRY)}.")
+    if cfg.get("dtype") not in DTYPE_MAP:
+        raise UserError(f"{path}: dtype={cfg.get('dtype')!r} is none of {', '.join(DTYPE_MAP)}.")
+    return cfg
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The contents of a JSON file that holds an object.
+
+    Raises:
+        UserError: If it cannot be read or holds something else.
+    """
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: bad JSON, bad UTF-8
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(contents, dict):
+        raise UserError(f"{path} holds {type(contents).__name__} where the fields of a config should be.")
+    return contents
+
+
+def check_saved_sae(folder: Path, dtype: str | None = None) -> dict[str, Any]:
+    """Check a folder that SAELens or this plugin has saved, without reading the weights, and return its config.
+
+    Args:
+        folder: The folder with ``cfg.json`` and ``sae_weights.safetensors``.
+        dtype: The data type that the caller will load as; None means the config's, which the weights must then have.
+
+    Raises:
+        UserError: If a file is missing or truncated, or the stored tensors are not those of a saved SAE, are not
+            floating-point numbers, contradict the config's shapes, or have another data type than it says.
+    """
+    cfg = read_config(folder)
+    path = folder / SAE_WEIGHTS_FILENAME
+    if not path.is_file():
+        raise UserError(f"The saved SAE at {folder} has no {SAE_WEIGHTS_FILENAME}.")
+    d_in, d_sae = cfg["d_in"], cfg["d_sae"]
+    shapes = {"W_enc": [d_in, d_sae], "W_dec": [d_sae, d_in], "b_enc": [d_sae], "b_dec": [d_in], "threshold": [d_sae]}
+    expected = DTYPE_MAP[dtype or cfg["dtype"]]
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            if "topk_threshold" in names:
+                raise UserError(
+                    f"{folder} is a training checkpoint, not a saved SAE; load it with TrainingSAE.load_from_disk and "
+                    f"convert it with MatryoshkaSAE.from_sae."
+                )
+            for name in names:
+                header = file.get_slice(name)
+                stored = _SAFETENSORS_DTYPES.get(header.get_dtype())
+                if stored is None:
+                    raise UserError(f"{path}: {name} is stored as {header.get_dtype()}, not as floating-point numbers.")
+                if dtype is None and stored != expected:
+                    raise UserError(
+                        f"{path}: {name} is stored as {stored}, but {SAE_CFG_FILENAME} says {expected}; "
+                        f"say which is meant by passing dtype."
+                    )
+                if name in shapes and header.get_shape() != shapes[name]:
+                    raise UserError(
+                        f"{path}: {name} has shape {header.get_shape()}, but d_in={d_in} and d_sae={d_sae} of "
+                        f"{SAE_CFG_FILENAME} ask for {shapes[name]}."
+                    )
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or damaged ({_one_line(error)}).") from error
+    return cfg
+
+
+@torch.no_grad()
+def check_parameters(sae: nn.Module) -> None:
+    """Refuse parameters that are not usable numbers.
+
+    An infinite threshold is allowed: it belongs to a latent that never fires.
+
+    Raises:
+        UserError: If a parameter holds NaN or infinite values.
+    """
+    for name, parameter in sae.named_parameters():
+        if parameter.is_meta or parameter.isfinite().all():
+            continue
+        allowed = parameter.isfinite() | ((parameter == torch.inf) if name == "threshold" else False)
+        bad = int((~allowed).sum())
+        if bad:
+            raise UserError(f"{name} of this SAE holds {bad} values that are NaN or infinite, of {parameter.numel()}.")
+
+
+@contextmanager
+def loading_errors(what: str) -> Iterator[None]:
+    """Turn what SAELens and torch raise for files that do not fit together into one sentence.
+
+    Args:
+        what: What is being loaded, as the sentence should name it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise UserError(f"{what} cannot be loaded: {_one_line(error)}.") from error
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        raise UserError(f"The weights of {what} do not fit its config: {_one_line(error)}") from error
+
+
+def config_as_saelens_6(cfg: dict[str, Any]) -> dict[str, Any]:
+    """An SAE's config with metadata where SAELens 6 puts them; older ones hold everything side by side."""
+    return handle_config_defaulting(dict(cfg))
+
+
+_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")

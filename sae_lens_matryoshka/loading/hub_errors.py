@@ -1,0 +1,106 @@
+"""What the Hugging Face Hub and the way there can answer, as one sentence that says what to do.
+
+huggingface_hub changed its HTTP library between major versions, so transport errors are told apart by the base class
+that its own errors have, not by the library's name.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from sae_lens_matryoshka.errors import UserError
+
+# httpx2.HTTPError, httpx.HTTPError or requests.RequestException, whichever huggingface_hub uses
+_TRANSPORT_ERROR: type[Exception] = next(
+    base for base in reversed(HfHubHTTPError.__bases__[0].__mro__) if base.__module__ != "builtins"
+)
+
+
+@contextmanager
+def hub_errors(repo_id: str, afterwards: str = "", uploading: bool = False) -> Iterator[None]:
+    """Turn errors of the Hub, of the network and of huggingface_hub's own checks into a :class:`UserError`.
+
+    Args:
+        repo_id: The repository that is asked for.
+        afterwards: A sentence on the state that an error leaves behind.
+        uploading: Whether files are sent, when huggingface_hub also raises plain ValueError and RuntimeError for what
+            the Hub or its storage answers.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = _explain(error, repo_id)
+        if uploading and isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
+            reason = f"The Hub did not take the upload: {_one_line(error)}."
+        elif uploading and reason is None and isinstance(error, RuntimeError):
+            # also where one thread has closed the HTTP client that the others still use, after a lost connection
+            reason = f"The upload broke off ({_one_line(error.__cause__ or error)}); try again."
+        if reason is None:
+            raise
+        raise UserError(f"{reason} {afterwards}".strip()) from error
+
+
+def _explain(error: BaseException | None, repo_id: str) -> str | None:
+    while error is not None:
+        reason = _explain_one(error, repo_id)
+        if reason is not None:
+            return reason
+        error = error.__cause__  # uploads in threads wrap what happened in a RuntimeError
+    return None
+
+
+def _explain_one(error: BaseException, repo_id: str) -> str | None:
+    if isinstance(error, HFValidationError):
+        return f"{repo_id!r} is not a repository name: {_one_line(error)}."
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"{repo_id} cannot be asked for, since HF_HUB_OFFLINE is set; unset it to use the Hub."
+    if isinstance(error, GatedRepoError):
+        return f"{repo_id} is gated: accept its terms on its page on the Hub, then log in with 'hf auth login'."
+    if isinstance(error, LocalEntryNotFoundError):
+        return f"The Hub cannot be reached, and the local cache does not hold what is needed of {repo_id}."
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id} has no such revision; the Hub's page of the repository lists its branches."
+    if isinstance(error, RepositoryNotFoundError):
+        return f"There is no repository {repo_id} that you may see; check the name, or log in with 'hf auth login'."
+    if isinstance(error, EntryNotFoundError):
+        return f"{repo_id} does not hold the file that is needed: {_one_line(error)}."
+    if isinstance(error, HfHubHTTPError):
+        return _explain_status(error, repo_id)
+    if isinstance(error, (_TRANSPORT_ERROR, ConnectionError, TimeoutError)):
+        if "timeout" in type(error).__name__.lower():
+            return "The Hub did not answer in time; try again."
+        return f"The Hub cannot be reached, or broke off ({_one_line(error) or type(error).__name__}); try again."
+    return None
+
+
+def _explain_status(error: HfHubHTTPError, repo_id: str) -> str:
+    status = error.response.status_code
+    if status == 401:
+        return "The Hub refused the token (401); log in again with 'hf auth login', or set HF_TOKEN."
+    if status == 403:
+        return f"Your token does not allow that on {repo_id} (403); use one with the right to write there."
+    if status == 404:
+        return f"There is no repository {repo_id} that you may see; check the name, or log in with 'hf auth login'."
+    if status in (409, 412):
+        return f"{repo_id} was changed by someone else meanwhile ({status}); push again."
+    if status == 429:
+        return "The Hub has had too many requests (429); try again in some minutes."
+    if status >= 500:
+        return f"The Hub failed ({status}); try again later."
+    return f"The Hub refused the request ({status}): {_one_line(error)}."
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".")
