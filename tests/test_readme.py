@@ -53,6 +53,7 @@ def test_every_block_is_covered():
         ["inspect", "runs/stories260K"],
         ["train", "gemma-2-2b"],
         ["train", "gemma-2-2b-sweep"],
+        ["push", "runs/stories260K"],
     ]
 
 
@@ -80,13 +81,17 @@ def test_yaml_blocks_are_run_files():
 
 
 def test_the_local_tinystories_commands_run(tinystories: Path, tmp_path: Path):
-    train, inspect = _commands()[2:4]
+    train, inspect, push = (_commands()[index] for index in (2, 3, 6))
     done = _run([argument.replace("$TINYSTORIES", str(tinystories)) for argument in train], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "sae: levels of the saved SAE" in done.stdout
     shown = _run(inspect, tmp_path)
     assert shown.returncode == 0
     assert "hook: model.layers.2" in shown.stdout
+    dry_run = _run(push, tmp_path)  # offline; what pushing does is tested against a local Hub in tests/hub
+    assert dry_run.returncode == 0, dry_run.stderr[-2000:]
+    assert "## model.layers.2" in dry_run.stdout
+    assert f"'{tinystories}/model' is published as 'model'" in dry_run.stdout
 
 
 @pytest.mark.parametrize("index", [1, 4, 5])

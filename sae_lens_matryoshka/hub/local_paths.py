@@ -4,6 +4,7 @@ SAELens records ``model_name``, ``dataset_path`` and its whole runner config ver
 last part, which still says what was used; accounts and tokens are dropped. Every replacement is reported.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -75,9 +76,9 @@ def is_local_path(value: str, field: str = "") -> bool:
         return n_separators > 0
     if n_separators == 0:
         return False
-    # names on the Hub have one slash at most
-    named_like_a_path = field in ("model_name", "dataset_path") and n_separators > 1
-    return named_like_a_path or "\\" in value or Path(value).exists()
+    if field in _NAME_FIELDS and ("\\" in value or n_separators > 1):  # names on the Hub have one slash at most
+        return True
+    return os.path.exists(value)  # unlike Path.exists, also False for text that cannot be a path
 
 
 def last_part(path: str) -> str:
@@ -104,6 +105,7 @@ _OUTPUT_FIELDS = (
     "resume_from_checkpoint",
     "from_pretrained_path",
 )
+_NAME_FIELDS = ("model_name", "dataset_path")
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 _EMBEDDED_PATH = re.compile(
     r"""file:/+[^\s"']+ # a file URL

@@ -88,6 +88,7 @@ class LocalHub:
 
     def create(self, repo_id: str, files: dict[str, bytes] | None = None, private: bool = False) -> Repository:
         repository = Repository(private)
+        self.large_files.update({_oid(path, content): content for path, content in (files or {}).items()})
         repository.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n", **(files or {})}, "initial commit")
         self.repositories[repo_id] = repository
         return repository
@@ -255,7 +256,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(content, 200, {**headers, "ETag": f'"{etag}"'})
 
     def download(self, oid: str) -> None:
-        self._answer(self.hub.large_files[oid], 200, {"ETag": f'"{oid}"'})
+        content = self.hub.large_files[oid]
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if asked:
+            start, end = map(int, asked.groups())
+            part = {"Content-Range": f"bytes {start}-{end}/{len(content)}"}
+            self._answer(content[start : end + 1], 206, part)
+        else:
+            self._answer(content, 200, {"ETag": f'"{oid}"'})
 
     def _user(self) -> str | None:
         return USERS.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
