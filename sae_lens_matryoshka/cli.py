@@ -186,7 +186,7 @@ def _firing_rule(sae: MatryoshkaSAE, narrower: int, width: int) -> str:
 
 
 def _push(options: argparse.Namespace) -> None:
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def show(push: hub.Push) -> None:
         if options.dry_run:

@@ -96,8 +96,8 @@ def push_to_hub(
 ) -> Push:
     """Publish a saved SAE, or a folder of them, with a model card, in one commit.
 
-    The repository is made if it does not exist. Files of an earlier push of the same SAEs that are not written again
-    are removed, and the rest of the repository is left as it is.
+    The repository is made if it does not exist; after an interruption it stays, empty. Files of an earlier push of the
+    same SAEs that are not written again are removed, and the rest of the repository is left as it is.
 
     Args:
         path: A folder that SAELens or this plugin has saved, or a folder of such folders.
@@ -111,19 +111,19 @@ def push_to_hub(
         dry_run: Whether to only return what would be written; the repository is read if it can be reached.
         token: The Hub token; None takes the one that was logged in with.
         show: Called with what will be written before anything is.
-        timeout: Seconds to wait for an answer of the Hub, each time.
+        timeout: Seconds to wait for an answer of the Hub, each time. Before version 1, huggingface_hub waits for ever.
 
     Raises:
         UserError: If there is nothing to publish at ``path`` or it is damaged, a name or id is not possible, there is
             no token, or the Hub refuses, fails or cannot be reached. The repository is then as it was.
     """
     _check_names(repo_id, sae_id, revision)
+    token = token or get_token()
+    if token is None and not dry_run:
+        raise UserError("There is no Hugging Face token: log in with 'hf auth login', or set HF_TOKEN.")
     saes = find_saved_saes(path, sae_id)
     with tempfile.TemporaryDirectory(prefix="sae-lens-matryoshka-") as scratch:
         plan = plan_upload(saes, Path(scratch), levels, results)
-        token = token or get_token()
-        if token is None and not dry_run:
-            raise UserError("There is no Hugging Face token: log in with 'hf auth login', or set HF_TOKEN.")
         api = HfApi(token=token)
         with _answers_within(timeout):
             repository = _look_at(api, repo_id, revision, private, dry_run, timeout)

@@ -131,7 +131,7 @@ def loading_errors(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (SafetensorError, KeyError, TypeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{what} cannot be loaded: {_one_line(error)}.") from error
     except RuntimeError as error:
         if "loading state_dict" not in str(error):

@@ -73,7 +73,14 @@ class LocalHub:
     def start(self) -> None:
         """Listen; after the server has died, again on the same port."""
         handler: Callable[..., _Handler] = lambda *args: _Handler(self, *args)  # noqa: E731
-        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
+        for attempt in range(50):
+            try:
+                self.server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
+                break
+            except OSError:  # connections of the dead server may still hold the port
+                if attempt == 49:
+                    raise
+                time.sleep(0.1)
         self.server.daemon_threads = True
         self.port = self.server.server_port
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()

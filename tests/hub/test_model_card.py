@@ -11,6 +11,7 @@ from sae_lens_matryoshka import hub
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.hub.card_tables import levels_table, markdown_table, results_table
 from sae_lens_matryoshka.hub.hub_names import hub_dataset, hub_model
+from sae_lens_matryoshka.hub.local_paths import Replacement
 from sae_lens_matryoshka.hub.model_card import END, CardEntry, render_card
 from tests.hub.local_hub import LocalHub
 
@@ -176,7 +177,7 @@ def test_models_are_called_by_their_names_on_the_hub(name: str | None, expected:
 
 
 def test_local_models_and_data_sets_have_no_name_on_the_hub():
-    replaced = hub.local_paths.Replacement("cfg.json: metadata.model_name", "/data/gpt2", "gpt2")
+    replaced = Replacement("cfg.json: metadata.model_name", "/data/gpt2", "gpt2")
     assert hub_model("gpt2", [replaced]) is None
     assert hub_dataset("roneneldan/TinyStories", [replaced]) == "roneneldan/TinyStories"
     assert hub_dataset("a/b/c", []) is None

@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from sae_lens import SAE, JumpReLUSAE
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from safetensors.torch import load_file, save_file
 
 from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, hub
@@ -215,6 +217,39 @@ def test_our_own_architecture_is_published_in_saelens_words(local_hub: LocalHub,
     assert hub.load("owner/saes", "matryoshka").widths == [3, 8, 20]
 
 
+@pytest.mark.parametrize(
+    ("architecture", "saved_as", "options"),
+    [
+        ("matryoshka", "jumprelu", {"k": 3}),
+        ("matryoshka_topk", "topk", {"k": 3}),
+        ("matryoshka_jumprelu", "jumprelu", {"target_l0": 3.0}),
+        ("matryoshka_standard", "standard", {}),
+    ],
+)
+def test_every_variant_and_its_levels(
+    local_hub: LocalHub, tmp_path: Path, architecture: str, saved_as: str, options: dict[str, Any]
+):
+    sae_class, cfg_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
+    training_sae = sae_class(cfg_class(**{"d_in": 6, "d_sae": 20, "matryoshka_widths": [3, 8, 20], **options}))
+    with torch.no_grad():
+        for name, parameter in training_sae.named_parameters():
+            parameter.copy_(torch.randn_like(parameter).abs() if "threshold" in name else torch.randn_like(parameter))
+    training_sae.save_inference_model(tmp_path / "saved")
+    local = MatryoshkaSAE.from_sae(training_sae)
+    x = torch.randn(9, 6)
+    for folder in ("saved", "ours"):  # as training saves it, and in our own architecture
+        hub.push_to_hub(tmp_path / folder, "owner/saes", levels=True)
+        assert json.loads(_files(local_hub)[f"{folder}/cfg.json"])["architecture"] == saved_as
+        published = hub.load("owner/saes", folder)
+        for level, width in enumerate([3, 8, 20]):
+            torch.testing.assert_close(published.encode(x, level), local.encode(x, level))
+            level_id = folder if width == 20 else f"{folder}/level_{level}_width_{width}"
+            alone = SAE.from_pretrained("owner/saes", level_id)
+            assert type(alone).__module__.startswith("sae_lens.")
+            torch.testing.assert_close(alone.encode(x), local.encode(x, level))
+        local.save_model(tmp_path / "ours")
+
+
 def test_an_sae_without_levels_is_published_too(local_hub: LocalHub, tmp_path: Path):
     plain = random_matryoshka_sae([8, 20]).at_level(-1)
     plain.cfg.metadata.matryoshka_widths = None
@@ -282,6 +317,6 @@ def test_what_cannot_be_loaded_is_not_published(local_hub: LocalHub, saved_sae: 
     assert local_hub.requests == []
 
 
-def test_a_missing_folder_is_one_sentence(tmp_path: Path):
+def test_a_missing_folder_is_one_sentence(local_hub: LocalHub, tmp_path: Path):
     with pytest.raises(UserError, match="There is no folder"):
         hub.push_to_hub(tmp_path / "nowhere", "owner/saes")

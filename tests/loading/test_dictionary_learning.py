@@ -61,7 +61,7 @@ def test_every_level_computes_what_theirs_does(tmp_path: Path, steps: int):
     ours = hub.load(tmp_path)
     assert ours.widths == [3, 8, 20]
     # until threshold_start_step theirs has the threshold -1, which lets every positive activation through
-    assert ours.threshold.unique().tolist() == [theirs.threshold.item()]
+    assert ours.state_dict()["threshold"].unique().tolist() == [theirs.threshold.item()]
     assert (theirs.threshold.item() > 0) if steps else (theirs.threshold.item() == -1)
     x = torch.randn(500, 6)
     for level, width in enumerate(ours.widths):
@@ -85,13 +85,13 @@ def test_it_is_saved_as_any_other_sae(tmp_path: Path):
     sae.save_model(tmp_path / "saved")
     again = MatryoshkaSAE.load_from_disk(tmp_path / "saved")
     assert again.widths == [3, 8, 20]
-    assert again.threshold.equal(sae.threshold)
+    assert again.state_dict()["threshold"].equal(sae.state_dict()["threshold"])
     by_converter = MatryoshkaSAE.load_from_disk(tmp_path / "model.pt", converter=dictionary_learning_disk_loader)
     assert by_converter.widths == [3, 8, 20]
 
 
 class _Harmful:
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Path]]:
         return (Path.touch, (Path("harmed"),))
 
 
