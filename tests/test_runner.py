@@ -220,11 +220,12 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path):
     assert first.saes[0].scores == second.saes[0].scores
 
 
-def test_architectures_without_levels_train_too(tmp_path: Path):
-    run = {**SYNTHETIC, "sae": {"architecture": "topk", "d_in": 12, "d_sae": 32, "k": 3}}
+@pytest.mark.parametrize(("sae", "widths"), [({"architecture": "topk", "k": 3}, [32]), ({"architecture": "gated"}, [])])
+def test_architectures_without_levels_train_too(sae: dict[str, Any], widths: list[int], tmp_path: Path):
+    run = {**SYNTHETIC, "sae": {"d_in": 12, "d_sae": 32, **sae}}
     del run["saes"]
     result = train(run, output=tmp_path / "out", measure_samples=1000)
-    assert result.saes[0].levels == []
+    assert [level.width for level in result.saes[0].levels] == widths  # one level, where the figures can be had
     assert result.saes[0].calibration is None
 
 
