@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from sae_lens import (
     SAE,
-    ActivationsStore,
     BatchTopKTrainingSAE,
     LanguageModelSAERunnerConfig,
     LanguageModelSAETrainingRunner,
@@ -34,12 +33,13 @@ from typing_extensions import override
 
 from sae_lens_matryoshka.calibration import ThresholdCalibration, calibrate_threshold
 from sae_lens_matryoshka.checkpoints import find_checkpoint
-from sae_lens_matryoshka.config_files import ConfigError, build_runner_configs
+from sae_lens_matryoshka.config_files import build_runner_configs
 from sae_lens_matryoshka.level_metrics import LevelMetrics, measure_levels
 from sae_lens_matryoshka.output_folders import check_output, staged_folder
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, recorded_widths
 from sae_lens_matryoshka.saes.matryoshka_sae_kinds import KINDS
 from sae_lens_matryoshka.synthetic_benchmark import SyntheticScores, plot_scores, score_on_synthetic_model
+from sae_lens_matryoshka.training.start_checks import check_d_in, loading_errors
 
 LEVELS_FILENAME = "levels.csv"
 SCORES_FILENAME = "scores.csv"
@@ -162,9 +162,9 @@ def _train_one(
 ) -> TrainedSAE:
     cfg.output_path = str(staging)
     torch.manual_seed(cfg.seed)
-    with _loading_errors(cfg):
+    with loading_errors(cfg):
         runner = CalibratingLanguageModelRunner(cfg, calibration_samples)
-    _check_d_in(runner.activations_store, {cfg.hook_name: cfg.sae.d_in})
+    check_d_in(runner.activations_store, {cfg.hook_name: cfg.sae.d_in})
     runner.run()
     levels = _measure_saved(staging, runner.activations_store, measure_samples, cfg.device)
     return TrainedSAE("sae", staging, runner.calibration, levels)
@@ -175,9 +175,9 @@ def _train_several(
 ) -> list[TrainedSAE]:
     cfg.output_path = str(staging)
     torch.manual_seed(cfg.seed)
-    with _loading_errors(cfg):
+    with loading_errors(cfg):
         runner = CalibratingMultiSAERunner(cfg, calibration_samples)
-    _check_d_in(runner.activations_store, {hook: cfg.saes[name].d_in for name, hook in cfg.hook_names_per_sae.items()})
+    check_d_in(runner.activations_store, {hook: cfg.saes[name].d_in for name, hook in cfg.hook_names_per_sae.items()})
     runner.run()
     trained: list[TrainedSAE] = []
     for name, hook_name in cfg.hook_names_per_sae.items():
@@ -281,41 +281,3 @@ def _checkpoint_when_interrupted(trainer: "SAETrainer[Any, Any] | MultiSAETraine
         raise
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-@contextmanager
-def _loading_errors(cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig") -> Iterator[None]:
-    """Say in one sentence what could not be loaded, and for model and data set how to use local copies."""
-    try:
-        yield
-    except OSError as error:  # what transformers, datasets and huggingface_hub raise for missing files and no network
-        what = f"data set {cfg.dataset_path!r}" if cfg.dataset_path in str(error) else f"model {cfg.model_name!r}"
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(
-            f"Could not load the {what} from the Hugging Face Hub or the local cache ({reason}); to use local copies "
-            f"set model_name and dataset_path to their folders: --set model_name=DIR --set dataset_path=DIR."
-        ) from error
-    except ValueError as error:  # unknown model names, model classes, hooks and data set columns
-        raise ConfigError(f"SAELens cannot start this run: {str(error).splitlines()[0]}") from error
-
-
-def _check_d_in(store: ActivationsStore, d_in: Mapping[str, int]) -> None:
-    """Refuse a ``d_in`` that is not the width of the hook, before anything is trained.
-
-    Args:
-        store: The run's activation store.
-        d_in: The width that the run file gives, by hook name.
-    """
-    if store.dataset is None or store.cached_activation_dataset is not None:
-        return  # SAELens has compared cached activations with d_in
-    token = torch.zeros((1, 1), dtype=torch.long, device=next(store.model.parameters()).device)
-    _, cache = store.model.run_with_cache(token, names_filter=list(d_in), prepend_bos=False, **store.model_kwargs)
-    for hook_name, expected in d_in.items():
-        activation = cache[hook_name]
-        if store.hook_head_index is None:
-            activation = activation.reshape(1, 1, -1)
-        if activation.shape[-1] != expected:
-            raise ConfigError(
-                f"sae.d_in={expected}, but {hook_name} of this model is {activation.shape[-1]} wide; "
-                f"set sae.d_in={activation.shape[-1]}."
-            )

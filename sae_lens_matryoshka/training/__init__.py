@@ -1,0 +1,1 @@
+"""What SAELens's runners need around them: checks before a run starts."""

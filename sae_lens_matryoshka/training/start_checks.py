@@ -1,0 +1,48 @@
+"""What can only be checked once SAELens has loaded model and data set, told in one sentence."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
+
+from sae_lens_matryoshka.config_files import ConfigError
+
+
+@contextmanager
+def loading_errors(cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig") -> Iterator[None]:
+    """Say in one sentence what could not be loaded, and for model and data set how to use local copies."""
+    try:
+        yield
+    except OSError as error:  # what transformers, datasets and huggingface_hub raise for missing files and no network
+        what = f"data set {cfg.dataset_path!r}" if cfg.dataset_path in str(error) else f"model {cfg.model_name!r}"
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"Could not load the {what} from the Hugging Face Hub or the local cache ({reason}); to use local copies "
+            f"set model_name and dataset_path to their folders: --set model_name=DIR --set dataset_path=DIR."
+        ) from error
+    except ValueError as error:  # unknown model names, model classes, hooks and data set columns
+        raise ConfigError(f"SAELens cannot start this run: {str(error).splitlines()[0]}") from error
+
+
+def check_d_in(store: ActivationsStore, d_in: Mapping[str, int]) -> None:
+    """Refuse a ``d_in`` that is not the width of the hook, before anything is trained.
+
+    Args:
+        store: The run's activation store.
+        d_in: The width that the run file gives, by hook name.
+    """
+    if store.dataset is None or store.cached_activation_dataset is not None:
+        return  # SAELens has compared cached activations with d_in
+    token = torch.zeros((1, 1), dtype=torch.long, device=next(store.model.parameters()).device)
+    _, cache = store.model.run_with_cache(token, names_filter=list(d_in), prepend_bos=False, **store.model_kwargs)
+    for hook_name, expected in d_in.items():
+        activation = cache[hook_name]
+        if store.hook_head_index is None:
+            activation = activation.reshape(1, 1, -1)
+        if activation.shape[-1] != expected:
+            raise ConfigError(
+                f"sae.d_in={expected}, but {hook_name} of this model is {activation.shape[-1]} wide; "
+                f"set sae.d_in={activation.shape[-1]}."
+            )
