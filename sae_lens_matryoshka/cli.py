@@ -1,15 +1,18 @@
 """The command ``sae-lens-matryoshka``: parses, calls the library, prints."""
 
 import argparse
+import logging
 import runpy
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sae_lens_matryoshka import hub
 from sae_lens_matryoshka.config_files import read_run_file
@@ -17,6 +20,7 @@ from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.runner import train
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
 from sae_lens_matryoshka.saes.matryoshka_sae_kinds import MatryoshkaJumpReLUSAE, MatryoshkaTopKSAE
+from sae_lens_matryoshka.training.checkpointer import CheckpointOptions
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, saelens_arguments = _parse(sys.argv[1:] if arguments is None else list(arguments))
     try:
         if options.command == "train":
-            _train(options)
+            with _progress_messages():
+                _train(options)
         elif options.command == "inspect":
             _inspect(options)
         elif options.command == "push":
@@ -76,6 +81,19 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="fresh activations to measure the levels on (default: 100000)",
     )  # fmt: skip
 
+    train.add_argument(
+        "--exact-resume", action=argparse.BooleanOptionalAction, default=True,
+        help="whether checkpoints hold the activation buffer and random states, so that a resumed run ends bit-equal "
+        "(on CPU) to an uninterrupted one; otherwise they are SAELens's (default: yes)",
+    )  # fmt: skip
+    train.add_argument(
+        "--max-buffer-gb", type=float, default=2.0, metavar="GB",
+        help="largest activation buffer to put into checkpoints; a larger one is filled anew on resuming (default: 2)",
+    )  # fmt: skip
+    train.add_argument(
+        "--keep-checkpoints", type=_positive, metavar="N", help="remove all but the newest N checkpoints of the run"
+    )
+
     inspect = commands.add_parser("inspect", help="show the levels of a saved or published SAE")
     inspect.add_argument("sae", metavar="PATH_OR_REPO", help="a folder, a Hub repository or a SAELens release")
     inspect.add_argument("--id", help="the SAE's id in the repository or release")
@@ -100,6 +118,21 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, rest
 
 
+@contextmanager
+def _progress_messages() -> Iterator[None]:
+    """Show this package's messages beside the progress bars; SAELens's own say no more than it lets them."""
+    package, handler = logging.getLogger("sae_lens_matryoshka"), logging.StreamHandler()
+    level = package.level
+    package.setLevel(logging.INFO)
+    package.addHandler(handler)
+    try:
+        with logging_redirect_tqdm([package]):
+            yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+
+
 def _train(options: argparse.Namespace) -> None:
     result = train(
         read_run_file(options.config, options.settings),
@@ -108,6 +141,9 @@ def _train(options: argparse.Namespace) -> None:
         force=options.force,
         calibration_samples=options.calibration_samples,
         measure_samples=options.measure_samples,
+        checkpointing=CheckpointOptions(
+            options.exact_resume, int(options.max_buffer_gb * 1e9), options.keep_checkpoints
+        ),
     )
     console = Console()
     for sae in result.saes:
@@ -221,6 +257,13 @@ def _push(options: argparse.Namespace) -> None:
         console.print(f"Published {', '.join(push.sae_ids)}: {push.url}")
     else:
         console.print(f"{push.repo_id} holds all of this already; nothing was changed.")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
 
 
 def _parse_widths(text: str) -> list[int]:

@@ -6,7 +6,6 @@ calibration on fresh activations -> saved folder -> :class:`MatryoshkaSAE` read 
 
 import csv
 import json
-import signal
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -28,18 +27,24 @@ from sae_lens import (
 from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.synthetic import RUNNER_CONFIG_FILENAME, SyntheticModel, SyntheticSAERunner, SyntheticSAERunnerConfig
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_matryoshka.calibration import ThresholdCalibration, calibrate_threshold
 from sae_lens_matryoshka.checkpoints import find_checkpoint
 from sae_lens_matryoshka.config_files import build_runner_configs
+from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.level_metrics import LevelMetrics, measure_levels
 from sae_lens_matryoshka.output_folders import check_output, staged_folder
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, recorded_widths
 from sae_lens_matryoshka.saes.matryoshka_sae_kinds import KINDS
 from sae_lens_matryoshka.synthetic_benchmark import SyntheticScores, plot_scores, score_on_synthetic_model
+from sae_lens_matryoshka.training.checkpointer import Checkpointer, CheckpointOptions
+from sae_lens_matryoshka.training.resumable_store import make_resumable
+from sae_lens_matryoshka.training.run_folder import checkpoint_folder
 from sae_lens_matryoshka.training.start_checks import check_d_in, loading_errors
+from sae_lens_matryoshka.training.wandb_run import start_wandb
 
 LEVELS_FILENAME = "levels.csv"
 SCORES_FILENAME = "scores.csv"
@@ -83,6 +88,7 @@ def train(
     force: bool = False,
     calibration_samples: int = 100_000,
     measure_samples: int = 100_000,
+    checkpointing: CheckpointOptions = CheckpointOptions(),  # noqa: B008 it is frozen
 ) -> TrainResult:
     """Train what a run file asks for with SAELens's own runners.
 
@@ -93,13 +99,16 @@ def train(
         run: A run file's contents, see :func:`config_files.read_run_file`.
         output: The folder to write; None takes the run's ``output_path``.
         resume: A checkpoint folder, ``"auto"`` for the newest complete one under the run's ``checkpoint_path`` that
-            was made with the same SAE settings (none: start afresh), or None to start afresh.
+            was made with the same settings (none: start afresh), or None to start afresh. New checkpoints go beside it.
         force: Whether a non-empty output folder may be replaced.
         calibration_samples: Fresh activations to calibrate thresholds on; 0 keeps the running threshold.
         measure_samples: Fresh activations to measure the levels on.
+        checkpointing: What checkpoints hold and how many are kept.
 
     Raises:
         ConfigError: If the run file cannot be used, or names a model or data set that cannot be loaded.
+        UserError: If training cannot go on: a checkpoint cannot be written, a file of the data set has vanished, or
+            there are numbers that are not finite. The last checkpoint is as it was.
         FileExistsError: If the output folder is not empty and ``force`` is not set.
     """
     run = dict(run)
@@ -111,45 +120,68 @@ def train(
     with staged_folder(output_path, force) as staging:
         if isinstance(configs, dict):
             saes = _train_on_synthetic_model(configs, staging, calibration_samples, measure_samples)
-        elif isinstance(configs, MultiSAETrainingRunnerConfig):
-            saes = _train_several(configs, staging, calibration_samples, measure_samples)
         else:
-            saes = [_train_one(configs, staging, calibration_samples, measure_samples)]
+            samples = (calibration_samples, measure_samples)
+            with checkpoint_folder(configs, run.get("checkpoint_path")), _saving_errors(output_path):
+                if isinstance(configs, MultiSAETrainingRunnerConfig):
+                    saes = _train_several(configs, staging, *samples, checkpointing)
+                else:
+                    saes = [_train_one(configs, staging, *samples, checkpointing)]
         _record_output_path(staging, output_path)
     return TrainResult(output_path, [replace(sae, path=output_path / sae.path.relative_to(staging)) for sae in saes])
 
 
 class CalibratingLanguageModelRunner(LanguageModelSAETrainingRunner):
-    """SAELens's runner with a fused optimizer, calibration after training, and a checkpoint when interrupted."""
+    """SAELens's runner with a fused optimizer, checkpoints to resume from, and calibration after training."""
 
     calibration: ThresholdCalibration | None = None
 
-    def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], calibration_samples: int) -> None:
+    def __init__(
+        self, cfg: LanguageModelSAERunnerConfig[Any], calibration_samples: int, checkpointing: CheckpointOptions
+    ) -> None:
         super().__init__(cfg)
         self.calibration_samples = calibration_samples
+        self.checkpointing = checkpointing
+        if checkpointing.exact:
+            make_resumable(self, checkpointing.max_buffer_bytes)
+
+    @override
+    def run(self) -> Any:
+        start_wandb(self.cfg)
+        return super().run()
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> TrainingSAE[Any]:
         fuse_adam(trainer)
-        with _checkpoint_when_interrupted(trainer):
+        with Checkpointer(trainer, self.checkpointing, self.cfg.resume_from_checkpoint).watching():
             sae = trainer.fit()
         self.calibration = _calibrate(sae, trainer.data_provider, self.calibration_samples)
         return sae
 
 
 class CalibratingMultiSAERunner(MultiSAETrainingRunner):
-    """SAELens's runner for several SAEs, with calibration and checkpoints when interrupted as for one."""
+    """SAELens's runner for several SAEs, with the same additions as for one."""
 
-    def __init__(self, cfg: MultiSAETrainingRunnerConfig, calibration_samples: int) -> None:
+    def __init__(
+        self, cfg: MultiSAETrainingRunnerConfig, calibration_samples: int, checkpointing: CheckpointOptions
+    ) -> None:
         super().__init__(cfg)
         self.calibration_samples = calibration_samples
+        self.checkpointing = checkpointing
         self.calibrations: dict[str, ThresholdCalibration | None] = {}
+        if checkpointing.exact:
+            make_resumable(self, checkpointing.max_buffer_bytes)
+
+    @override
+    def run(self) -> dict[str, TrainingSAE[Any]]:
+        start_wandb(self.cfg)
+        return super().run()
 
     @override
     def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> dict[str, TrainingSAE[Any]]:
         for sae_trainer in trainer.trainers.values():
             fuse_adam(sae_trainer)
-        with _checkpoint_when_interrupted(trainer):
+        with Checkpointer(trainer, self.checkpointing, self.cfg.resume_from_checkpoint).watching():
             saes = trainer.fit()
         for name, sae in saes.items():
             activations = (batch[trainer.hook_names[name]] for batch in trainer.data_provider)
@@ -158,12 +190,16 @@ class CalibratingMultiSAERunner(MultiSAETrainingRunner):
 
 
 def _train_one(
-    cfg: LanguageModelSAERunnerConfig[Any], staging: Path, calibration_samples: int, measure_samples: int
+    cfg: LanguageModelSAERunnerConfig[Any],
+    staging: Path,
+    calibration_samples: int,
+    measure_samples: int,
+    checkpointing: CheckpointOptions,
 ) -> TrainedSAE:
     cfg.output_path = str(staging)
     torch.manual_seed(cfg.seed)
     with loading_errors(cfg):
-        runner = CalibratingLanguageModelRunner(cfg, calibration_samples)
+        runner = CalibratingLanguageModelRunner(cfg, calibration_samples, checkpointing)
     check_d_in(runner.activations_store, {cfg.hook_name: cfg.sae.d_in})
     runner.run()
     levels = _measure_saved(staging, runner.activations_store, measure_samples, cfg.device)
@@ -171,12 +207,16 @@ def _train_one(
 
 
 def _train_several(
-    cfg: MultiSAETrainingRunnerConfig, staging: Path, calibration_samples: int, measure_samples: int
+    cfg: MultiSAETrainingRunnerConfig,
+    staging: Path,
+    calibration_samples: int,
+    measure_samples: int,
+    checkpointing: CheckpointOptions,
 ) -> list[TrainedSAE]:
     cfg.output_path = str(staging)
     torch.manual_seed(cfg.seed)
     with loading_errors(cfg):
-        runner = CalibratingMultiSAERunner(cfg, calibration_samples)
+        runner = CalibratingMultiSAERunner(cfg, calibration_samples, checkpointing)
     check_d_in(runner.activations_store, {hook: cfg.saes[name].d_in for name, hook in cfg.hook_names_per_sae.items()})
     runner.run()
     trained: list[TrainedSAE] = []
@@ -261,23 +301,9 @@ def fuse_adam(trainer: SAETrainer[Any, Any]) -> None:
 
 
 @contextmanager
-def _checkpoint_when_interrupted(trainer: "SAETrainer[Any, Any] | MultiSAETrainer") -> Iterator[None]:
-    """On Ctrl-C or SIGTERM save a full checkpoint, then let the interruption go on.
-
-    SAELens's own handler saves the runner config and data set position only, into a folder it has not made.
-    """
-
-    def interrupt(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
+def _saving_errors(output: Path) -> Iterator[None]:
+    """Say in one sentence that the trained SAE cannot be saved; safetensors' own error is not an OSError."""
     try:
         yield
-    except KeyboardInterrupt:
-        if trainer.cfg.checkpoint_path is not None:
-            trainer.save_checkpoint(checkpoint_name=str(trainer.n_training_samples))
-            checkpoint = Path(trainer.cfg.checkpoint_path) / str(trainer.n_training_samples)
-            logger.warning(f"Interrupted; continue with --resume auto or --resume {checkpoint}")
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    except SafetensorError as error:
+        raise UserError(f"The trained SAE could not be saved to {output} ({error}).") from error

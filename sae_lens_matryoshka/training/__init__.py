@@ -1,1 +1,6 @@
-"""What SAELens's runners need around them: checks before a run starts."""
+"""What lets a training run survive being killed: exact resuming, checkpoints complete or absent, wandb out of reach.
+
+``resumable_store`` feeds the trainer and knows its position; ``checkpointer`` writes what a run needs to go on, in a
+``run_folder`` that belongs to one process at a time, with a ``manifest`` by which ``checkpoints`` tells whole from
+damaged; ``wandb_run`` goes offline where the server does not answer.
+"""
