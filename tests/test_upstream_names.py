@@ -2,7 +2,9 @@
 
 import inspect
 
-from sae_lens import LanguageModelSAETrainingRunner, MultiSAETrainingRunner
+import pytest
+from sae_lens import ActivationsStore, LanguageModelSAETrainingRunner, MultiSAETrainingRunner, SAETrainer
+from sae_lens.tokenization_and_batching import _add_tokens_to_batch
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 
@@ -17,3 +19,41 @@ def test_multi_sae_runner_trains_between_construction_and_saving():
 def test_single_sae_runner_trains_between_construction_and_saving():
     run = inspect.getsource(LanguageModelSAETrainingRunner.run)
     assert run.index("run_trainer_with_interruption_handling(trainer)") < run.index("save_final_sae(")
+
+
+def test_the_store_reads_rows_sequences_and_activations_through_the_methods_that_we_override():
+    for name in (
+        "_iterate_raw_dataset",
+        "_iterate_raw_dataset_tokens",
+        "_iterate_tokenized_sequences",
+        "_iterate_filtered_activations",
+        "_iterate_filtered_multi_hook_activations",
+    ):
+        assert list(inspect.signature(getattr(ActivationsStore, name)).parameters) == ["self"]
+    assert "self._iterate_raw_dataset()" in inspect.getsource(ActivationsStore._iterate_raw_dataset_tokens)
+    assert "self._iterate_raw_dataset()" in inspect.getsource(ActivationsStore._iterate_tokenized_sequences)
+    epoch_end = inspect.getsource(ActivationsStore.get_batch_tokens)
+    assert "self.iterable_sequences = self._iterate_tokenized_sequences()" in epoch_end
+    assert "self._dataloader = self.get_data_loader()" in inspect.getsource(ActivationsStore.__next__)
+    multi_hook = inspect.getsource(ActivationsStore.from_config_multi_hook)
+    assert "store._hook_names =" in multi_hook
+    assert "store._hook_d_ins =" in multi_hook
+    assert list(inspect.signature(_add_tokens_to_batch).parameters) == [
+        "batch",
+        "tokens",
+        "offset",
+        "context_size",
+        "is_start_of_sequence",
+        "begin_batch_token_id",
+        "begin_sequence_token_id",
+        "sequence_separator_token_id",
+    ]
+
+
+@pytest.mark.parametrize("trainer", [SAETrainer, MultiSAETrainer])
+def test_trainers_save_a_finished_step_before_they_count_it(trainer: type):
+    fit = inspect.getsource(trainer.fit)
+    assert fit.index("self._checkpoint_if_needed()") < fit.index("n_training_steps += 1")
+    save_if_needed = inspect.getsource(trainer._checkpoint_if_needed)
+    assert "self.n_training_samples > self.checkpoint_thresholds[0]" in save_if_needed
+    assert "self.save_checkpoint(checkpoint_name=str(self.n_training_samples))" in save_if_needed

@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,7 +45,10 @@ class TextPosition:
     """The end of the last row read, which no sequence has taken yet."""
 
     dataset_state: dict[str, Any] | None = None
-    """A streamed data set's own state after the rows read; None at its beginning and for other data sets."""
+    """A streamed data set's own state to start from; None at its beginning and for other data sets."""
+
+    started: bool = False
+    """Whether a row has been read since; a streamed data set's state is another one's until then."""
 
 
 def make_resumable(runner: "LanguageModelSAETrainingRunner | MultiSAETrainingRunner", max_buffer_bytes: int) -> None:
@@ -139,19 +142,21 @@ class ResumableActivationsStore(ActivationsStore):
     @override
     def _iterate_raw_dataset(self) -> Generator[Any, None, None]:
         position = self._position
+        if position.n_rows_read > 0:  # SAELens counts a row when the next one is wanted
+            self.n_dataset_processed += 1
         for row in self._rows_after(position):
             position.n_rows_read += 1
+            position.started = True
             yield cast(Any, row)[self.tokens_column]
             self.n_dataset_processed += 1
 
     def _rows_after(self, position: TextPosition) -> Iterator[Any]:
-        dataset = self.dataset
-        if isinstance(dataset, IterableDataset) and position.dataset_state is not None:
-            dataset.load_state_dict(position.dataset_state)
-            return iter(dataset)
-        if isinstance(dataset, IterableDataset):
-            dataset.load_state_dict({})  # the beginning
-        return iter(cast(Dataset, dataset).skip(position.n_rows_read))
+        if not isinstance(self.dataset, IterableDataset):
+            return iter(cast(Dataset, self.dataset).skip(position.n_rows_read))
+        self.dataset.load_state_dict(position.dataset_state or {})  # an empty state is the beginning
+        # a checkpoint made without streaming has no state of the stream: read up to its position
+        n_rows_to_pass = position.n_rows_read if position.dataset_state is None else 0
+        return islice(self.dataset, n_rows_to_pass, None)
 
     # activations
 
@@ -211,7 +216,9 @@ class ResumableActivationsStore(ActivationsStore):
     @override
     def save_to_checkpoint(self, checkpoint_path: str | Path) -> None:
         super().save_to_checkpoint(checkpoint_path)
-        dataset_state = self.dataset.state_dict() if isinstance(self.dataset, IterableDataset) else None
+        dataset_state = self._position.dataset_state
+        if isinstance(self.dataset, IterableDataset) and self._position.started:
+            dataset_state = self.dataset.state_dict()
         position = {
             "n_rows_read": self._position.n_rows_read,
             "dataset_state": dataset_state,
