@@ -306,4 +306,7 @@ def _saving_errors(output: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise UserError(f"The trained SAE could not be saved to {output} ({error}).") from error
+        raise UserError(
+            f"The trained SAE could not be saved to {output} ({error}); make room and run again, with --resume auto "
+            f"where there are checkpoints."
+        ) from error

@@ -27,7 +27,7 @@ from sae_lens_matryoshka.runner import train
 from sae_lens_matryoshka.training.checkpointer import CheckpointOptions
 from tests.tiny_runs import assert_same_saes, tiny_multi_run, tiny_run
 
-SAMPLES = {"calibration_samples": 500, "measure_samples": 500}
+SAMPLES: Any = {"calibration_samples": 500, "measure_samples": 500}
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from sae_lens_matryoshka import runner as runner_module
 from sae_lens_matryoshka.runner import train
 from tests.tiny_runs import assert_same_saes, tiny_multi_run, tiny_run, tiny_sae
 
-SAMPLES = {"calibration_samples": 1000, "measure_samples": 1000}
+SAMPLES: Any = {"calibration_samples": 1000, "measure_samples": 1000}
 
 
 def _command(run: dict[str, Any], folder: Path) -> list[str]:

@@ -53,6 +53,7 @@ def test_every_block_is_covered():
         ["inspect", "runs/stories260K"],
         ["train", "gemma-2-2b"],
         ["train", "gemma-2-2b-sweep"],
+        ["train", "gemma-2-2b"],
         ["push", "runs/stories260K"],
     ]
 
@@ -81,7 +82,7 @@ def test_yaml_blocks_are_run_files():
 
 
 def test_the_local_tinystories_commands_run(tinystories: Path, tmp_path: Path):
-    train, inspect, push = (_commands()[index] for index in (2, 3, 6))
+    train, inspect, push = (_commands()[index] for index in (2, 3, 7))
     done = _run([argument.replace("$TINYSTORIES", str(tinystories)) for argument in train], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "sae: levels of the saved SAE" in done.stdout
@@ -94,7 +95,7 @@ def test_the_local_tinystories_commands_run(tinystories: Path, tmp_path: Path):
     assert f"'{tinystories}/model' is published as 'model'" in dry_run.stdout
 
 
-@pytest.mark.parametrize("index", [1, 4, 5])
+@pytest.mark.parametrize("index", [1, 4, 5, 6])
 def test_commands_that_need_the_hub_or_a_gpu_say_so_in_one_sentence(index: int, tmp_path: Path):
     if torch.cuda.is_available() and index > 1:
         pytest.skip("with a GPU these commands only lack the Hub, which the TinyStories command shows")

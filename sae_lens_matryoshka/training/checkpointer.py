@@ -93,7 +93,10 @@ class Checkpointer:
             flush_folder(self.folder)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError when a disk is full
             shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"The checkpoint {checkpoint} could not be written ({_first_line(error)})") from error
+            megabytes = shutil.disk_usage(self.folder).free / 1e6
+            raise UserError(
+                f"The checkpoint {checkpoint} could not be written ({_first_line(error)}); {megabytes:,.1f} MB are free"
+            ) from error
         self.last_checkpoint = checkpoint
         logger.info(f"Checkpoint {checkpoint}: {n_bytes / 1e6:.1f} MB in {time.perf_counter() - started:.2f} s")
         self._remove_old()
