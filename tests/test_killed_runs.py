@@ -98,6 +98,11 @@ def _interrupt_at_step(monkeypatch: pytest.MonkeyPatch, step: int, number: signa
         ({"normalize_activations": "covariance_whitening"}, {"step": 30}),
         ({"normalize_activations": "layer_norm", "level_weights": [1, 2, 3]}, {"step": 31}),
         ({"dtype": "float64"}, {"step": 45, "lr_scheduler_name": "cosineannealing"}),
+        # prefixes are drawn from the number of the step
+        ({"prefix_sampling": {"n_prefixes": 4}}, {"step": 22}),
+        ({"architecture": "matryoshka_topk"}, {"step": 20}),
+        ({"architecture": "matryoshka_jumprelu", "l0_coefficient": 2.0, "l0_warm_up_steps": 40}, {"step": 17}),
+        ({"architecture": "matryoshka_standard", "l1_coefficient": 2.0, "l1_warm_up_steps": 40}, {"step": 17}),
         ({"architecture": "matryoshka_batchtopk"}, {"step": 20}),
         ({"architecture": "standard", "l1_coefficient": 2.0, "l1_warm_up_steps": 40}, {"step": 20}),
     ],
@@ -108,8 +113,13 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
 ):
     step = changes.pop("step")
     settings = tiny_sae(**sae)
-    if settings["architecture"] == "standard":
-        settings = {key: settings[key] for key in ("architecture", "d_in", "d_sae", *list(sae)[1:])}
+    if settings["architecture"].endswith(("standard", "jumprelu")):
+        for name in ("k", "use_matryoshka_aux_loss"):
+            del settings[name]
+    if not settings["architecture"].startswith("matryoshka"):
+        del settings["matryoshka_widths"]
+    if settings["architecture"] == "matryoshka_topk":
+        del settings["use_matryoshka_aux_loss"]
     run = tiny_run(tinystories, tmp_path / "checkpoints", sae=settings, **changes)
     expected = train({**run, "checkpoint_path": None}, output=tmp_path / "uninterrupted", **SAMPLES).output
     with monkeypatch.context() as patch:
