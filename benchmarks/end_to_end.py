@@ -30,6 +30,7 @@ from train_step import machine
 from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, paper_widths
 from sae_lens_matryoshka.config_files import build_runner_configs, read_run_file
 from sae_lens_matryoshka.runner import CalibratingLanguageModelRunner, fuse_adam
+from sae_lens_matryoshka.training.checkpointer import CheckpointOptions
 
 
 def main() -> None:
@@ -92,7 +93,9 @@ def tinystories(folder: Path, n_tokens: int, ours: bool) -> float:
     with tempfile.TemporaryDirectory() as output:
         cfg.output_path = output
         torch.manual_seed(cfg.seed)
-        runner = CalibratingLanguageModelRunner(cfg, 0) if ours else LanguageModelSAETrainingRunner(cfg)
+        runner = LanguageModelSAETrainingRunner(cfg)
+        if ours:
+            runner = CalibratingLanguageModelRunner(cfg, 0, CheckpointOptions(exact=False))
         start = time.perf_counter()
         runner.run()
         return n_tokens / (time.perf_counter() - start)

@@ -24,10 +24,11 @@ from sae_lens import (
     TrainingSAE,
     logger,
 )
-from sae_lens.constants import RUNNER_CFG_FILENAME
+from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.synthetic import RUNNER_CONFIG_FILENAME, SyntheticModel, SyntheticSAERunner, SyntheticSAERunnerConfig
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import override
 
@@ -39,6 +40,7 @@ from sae_lens_matryoshka.level_metrics import LevelMetrics, measure_levels
 from sae_lens_matryoshka.output_folders import check_output, staged_folder
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, recorded_widths
 from sae_lens_matryoshka.saes.matryoshka_sae_kinds import KINDS
+from sae_lens_matryoshka.saes.nested_training_sae import NestedTrainingSAE
 from sae_lens_matryoshka.synthetic_benchmark import SyntheticScores, plot_scores, score_on_synthetic_model
 from sae_lens_matryoshka.training.checkpointer import Checkpointer, CheckpointOptions
 from sae_lens_matryoshka.training.resumable_store import make_resumable
@@ -201,7 +203,7 @@ def _train_one(
     with loading_errors(cfg):
         runner = CalibratingLanguageModelRunner(cfg, calibration_samples, checkpointing)
     check_d_in(runner.activations_store, {cfg.hook_name: cfg.sae.d_in})
-    runner.run()
+    _put_sparsity_in_order(staging, runner.run())
     levels = _measure_saved(staging, runner.activations_store, measure_samples, cfg.device)
     return TrainedSAE("sae", staging, runner.calibration, levels)
 
@@ -218,9 +220,10 @@ def _train_several(
     with loading_errors(cfg):
         runner = CalibratingMultiSAERunner(cfg, calibration_samples, checkpointing)
     check_d_in(runner.activations_store, {hook: cfg.saes[name].d_in for name, hook in cfg.hook_names_per_sae.items()})
-    runner.run()
+    saes = runner.run()
     trained: list[TrainedSAE] = []
     for name, hook_name in cfg.hook_names_per_sae.items():
+        _put_sparsity_in_order(staging / name, saes[name])
         activations = (batch[hook_name] for batch in runner.activations_store.get_multi_hook_data_loader())
         levels = _measure_saved(staging / name, activations, measure_samples, cfg.device)
         trained.append(TrainedSAE(name, staging / name, runner.calibrations[name], levels))
@@ -242,6 +245,7 @@ def _train_on_synthetic_model(
         sae = SyntheticSAERunner(cfg, override_synthetic_model=synthetic_model).run().sae
         calibration = _calibrate(sae, _samples(synthetic_model, cfg.batch_size), calibration_samples)
         sae.save_inference_model(path)  # again, now with the calibrated threshold
+        _put_sparsity_in_order(path, sae)
         levels = _measure_saved(path, _samples(synthetic_model, cfg.batch_size), measure_samples, cfg.device)
         scores = score_on_synthetic_model(
             SAE.load_from_disk(path, device=cfg.device), synthetic_model, cfg.eval_samples
@@ -275,6 +279,14 @@ def _measure_saved(path: Path, activations: Iterable[Tensor], n_samples: int, de
     levels = measure_levels(MatryoshkaSAE.from_sae(sae, widths), activations, n_samples)
     _write_csv(path / LEVELS_FILENAME, [asdict(level) for level in levels])
     return levels
+
+
+def _put_sparsity_in_order(path: Path, sae: TrainingSAE[Any]) -> None:
+    """SAELens saves its statistics in the order of training; a saved SAE's latents may have been put in another."""
+    order = sae.latent_order if isinstance(sae, NestedTrainingSAE) else None
+    if order is not None:
+        sparsity = {name: values[order.cpu()] for name, values in load_file(path / SPARSITY_FILENAME).items()}
+        save_file(sparsity, path / SPARSITY_FILENAME)
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

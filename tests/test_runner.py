@@ -15,11 +15,13 @@ import torch
 from sae_lens import SAE, ActivationsStore, JumpReLUSAE
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.load_model import load_model
+from sae_lens.synthetic import SyntheticModel
 from sae_lens.training.activation_scaler import ActivationScaler
+from safetensors.torch import load_file
 
 from sae_lens_matryoshka import MatryoshkaSAE, calibrate_threshold, measure_levels
 from sae_lens_matryoshka.checkpoints import find_checkpoint
-from sae_lens_matryoshka.config_files import ConfigError, read_run_file
+from sae_lens_matryoshka.config_files import ConfigError, build_runner_configs, read_run_file
 from sae_lens_matryoshka.runner import train
 
 SYNTHETIC: dict[str, Any] = {
@@ -227,6 +229,22 @@ def test_architectures_without_levels_train_too(sae: dict[str, Any], widths: lis
     result = train(run, output=tmp_path / "out", measure_samples=1000)
     assert [level.width for level in result.saes[0].levels] == widths  # one level, where the figures can be had
     assert result.saes[0].calibration is None
+
+
+def test_sparsity_is_saved_in_the_order_of_the_saved_latents(tmp_path: Path):
+    sae = {**SYNTHETIC["saes"][0], "order_latents_by_contribution": True}
+    run = {**SYNTHETIC, "saes": [sae, {**sae, "name": "unordered", "order_latents_by_contribution": False}]}
+    result = train(run, output=tmp_path / "out", measure_samples=1000)
+    configs = build_runner_configs(run)
+    assert isinstance(configs, dict)
+    model = SyntheticModel.load_from_source(configs["unordered"].synthetic_model)
+    for trained in result.saes:
+        saved = SAE.load_from_disk(trained.path)
+        fires = (saved.encode(model.sample(20_000)) > 0).float().mean(0)
+        recorded = 10 ** load_file(trained.path / "sparsity.safetensors")["sparsity"]
+        assert torch.corrcoef(torch.stack([fires, recorded]))[0, 1] > 0.5, (
+            trained.name
+        )  # an average over the training so far
 
 
 def test_a_non_empty_output_folder_is_kept_unless_forced(tmp_path: Path):
