@@ -27,6 +27,7 @@ QUADRATIC: dict[str, Any] = {"jumprelu_sparsity_loss_mode": "quadratic", "l0_coe
 VARIANTS: dict[str, dict[str, Any]] = {
     "SAELens batchtopk (no levels)": {"architecture": "batchtopk"},
     "matryoshka": {"architecture": "matryoshka"},
+    "matryoshka, k a quarter larger": {"architecture": "matryoshka", "k": 1.25},  # times that of the others
     "matryoshka, snap loss": {"architecture": "matryoshka", "snap_loss": True},
     "matryoshka, stopped gradients": {"architecture": "matryoshka", "stop_gradient_between_levels": True},
     "matryoshka, drawn prefixes, ordered": {"architecture": "matryoshka", **DRAWN},
@@ -55,7 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     seeds = ", ".join(map(str, options.seeds))
     parts = [
-        f"Made by `python benchmarks/variant_results.py`; {machine('cpu')}.",
+        f"Made by `python benchmarks/variant_results.py --tinystories ../shared/tinystories`; {machine('cpu')}.",
         f"### Synthetic model with known features\n\n{options.training_samples:,} samples an SAE, seeds {seeds}: "
         "mean ± standard deviation.\n\n" + synthetic_table(options.seeds, options.training_samples),
     ]
@@ -132,7 +133,7 @@ def _sae(name: str, sizes: dict[str, int], widths: list[int], k: int, warm_up: i
     elif architecture.endswith("standard"):
         sae["l1_warm_up_steps"] = warm_up
     else:
-        sae["k"] = k
+        sae["k"] = k * sae.get("k", 1)
     return sae
 
 
