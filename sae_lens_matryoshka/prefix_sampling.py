@@ -2,7 +2,7 @@
 
 A latent is then not a member of a level but has a place: the earlier it stands, the more of the drawn prefixes contain
 it. Source: N. Nabeshima, "Matryoshka Sparse Autoencoders", https://sparselatents.com/matryoshka.html, and its code,
-https://github.com/noanabeshima/matryoshka-saes (``get_pareto_prefix_bounds``).
+https://github.com/noanabeshima/matryoshka-saes (``get_pareto_prefix_bounds`` in sae.py at commit 5aa72b1).
 """
 
 import functools
@@ -19,8 +19,9 @@ from jaxtyping import Float
 class PrefixSampling:
     """The law that prefix lengths are drawn from.
 
-    A drawn length is at most w with probability ((w - min_width + 1) / (d_sae - min_width)) ** pareto_power, for
-    ``min_width <= w < d_sae``: a power of 1 is uniform, smaller ones favour short prefixes.
+    The first length drawn is at most w with probability ((w - min_width + 1) / (d_sae - min_width)) ** pareto_power, for
+    ``min_width <= w < d_sae``: a power of 1 is uniform, smaller ones favour short prefixes. Those that follow are drawn
+    by the same law from the lengths that are left.
 
     The lengths of a step depend on the seed and the number of the step alone, so a resumed run draws the same ones.
     """

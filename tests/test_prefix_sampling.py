@@ -49,6 +49,21 @@ def test_drawn_lengths_follow_the_published_law():
     assert other_seed != drawn[:20]
 
 
+def test_several_lengths_are_drawn_one_after_the_other_without_repetition():
+    """How often each length is among 5 drawn, against draws made one by one from what is left."""
+    d_sae, n_steps = 12, 20_000
+    law = PrefixSampling(6)
+    ours = np.bincount(np.ravel([law.draw(d_sae, step)[:-1] for step in range(n_steps)]), minlength=d_sae)[1:]
+    generator, expected = np.random.default_rng(0), np.zeros(d_sae - 1)
+    for _ in range(n_steps):
+        left = law.probabilities(d_sae).copy()
+        for _ in range(5):
+            drawn = np.searchsorted(left.cumsum() / left.sum(), generator.random())
+            expected[drawn] += 1
+            left[drawn] = 0
+    np.testing.assert_allclose(ours, expected, rtol=0.05)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -13,11 +13,16 @@ from typing import Any
 import torch
 from sae_lens.constants import DTYPE_MAP, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
-from sae_lens.registry import SAE_CLASS_REGISTRY
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from sae_lens_matryoshka.errors import UserError
+
+TRAINING_ONLY = frozenset(
+    ("topk_threshold", "topk_threshold_updates", "selection_guess", "share_that_matters", "latent_contribution")
+)
+"""Tensors that checkpoints of training SAEs hold and saved SAEs do not."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -34,11 +39,20 @@ def read_config(folder: Path) -> dict[str, Any]:
         if not isinstance(cfg.get(field), int) or cfg[field] < 1:
             raise UserError(f"{path}: {field}={cfg.get(field)!r} must be a positive whole number.")
     architecture = cfg.get("architecture", "standard")  # configs from before SAELens 3 have none
+    if architecture in SAE_TRAINING_CLASS_REGISTRY and architecture not in SAE_CLASS_REGISTRY:
+        raise _training_checkpoint(folder)
     if architecture not in SAE_CLASS_REGISTRY:
         raise UserError(f"{path}: architecture={architecture!r} is none of {', '.join(SAE_CLASS_REGISTRY)}.")
     if cfg.get("dtype") not in DTYPE_MAP:
         raise UserError(f"{path}: dtype={cfg.get('dtype')!r} is none of {', '.join(DTYPE_MAP)}.")
     return cfg
+
+
+def _training_checkpoint(folder: Path) -> UserError:
+    return UserError(
+        f"{folder} is a training checkpoint, not a saved SAE; load it with TrainingSAE.load_from_disk and convert it "
+        f"with MatryoshkaSAE.from_sae."
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -77,11 +91,8 @@ def check_saved_sae(folder: Path, dtype: str | None = None) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
-            if "topk_threshold" in names:
-                raise UserError(
-                    f"{folder} is a training checkpoint, not a saved SAE; load it with TrainingSAE.load_from_disk and "
-                    f"convert it with MatryoshkaSAE.from_sae."
-                )
+            if not TRAINING_ONLY.isdisjoint(names):
+                raise _training_checkpoint(folder)
             for name in names:
                 header = file.get_slice(name)
                 stored = _SAFETENSORS_DTYPES.get(header.get_dtype())

@@ -37,8 +37,8 @@ class NestedObjective:
     c_l r_l / (batch |r_l|), a pull that does not fade as the residual shrinks. The full level stays squared."""
 
     stop_gradient: bool = False
-    """Each level trains only its own new latents, against what the smaller levels leave over: R_l becomes g_l. The
-    decoder bias belongs to the smallest level."""
+    """Each level trains only its own new latents, against what the smaller levels leave over: R_l becomes g_l. In the
+    decoder the bias belongs to the smallest level."""
 
     def weights(self, n_levels: int) -> tuple[float, ...]:
         """c_l of each level."""
@@ -148,7 +148,7 @@ class _NestedErrors(torch.autograd.Function):
         squared_errors, norms = levels.new_zeros(n_levels), levels.new_zeros(n_levels)
         residual = torch.empty_like(target)
         level_residuals = torch.empty_like(levels) if keep_level_residuals else None
-        for rows in _row_blocks(latents.batch, d_in):
+        for rows in _row_blocks(latents.batch, d_in if target.device.type == "cpu" else 0):
             blocks = [level[rows] for level in levels]
             for narrower, block in itertools.pairwise(blocks):
                 block += narrower
@@ -163,13 +163,12 @@ class _NestedErrors(torch.autograd.Function):
                 weight = weights[index] / latents.batch
                 if objective.snap_loss and index < n_levels - 1:
                     # a residual of exactly 0 has the subgradient 0, as in torch
-                    factor = torch.where(row_norms > 0, weight / row_norms, 0.0).unsqueeze(-1)
-                else:
-                    factor = block.new_tensor(2 * weight)
+                    block *= torch.where(row_norms > 0, weight / (2 * row_norms), 0.0).unsqueeze(-1)
                 if index < n_levels - 1 and not objective.stop_gradient:
-                    torch.addcmul(blocks[index + 1], block, factor, out=block)
+                    alpha = 2.0 if objective.snap_loss else 2 * weight
+                    torch.add(blocks[index + 1], block, alpha=alpha, out=block)
                 else:
-                    block *= factor
+                    block *= 2.0 if objective.snap_loss and index < n_levels - 1 else 2 * weight
         if row_scale is not None:
             levels *= row_scale.pow(2)
         squared_errors /= latents.batch
@@ -201,6 +200,6 @@ def _is_autocast(tensor: Tensor) -> bool:
 
 def _row_blocks(batch: int, d_in: int) -> Iterator[slice]:
     """Blocks of samples small enough that one level is still in the cache when the next one is added to it."""
-    size = max(1, BLOCK_ELEMENTS // d_in)
+    size = max(1, BLOCK_ELEMENTS // d_in) if d_in > 0 else max(1, batch)
     for start in range(0, batch, size):
         yield slice(start, min(start + size, batch))

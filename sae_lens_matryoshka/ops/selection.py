@@ -140,7 +140,9 @@ def select_topk(
         guess: A score that most samples' k-th largest is expected to lie above. It affects the speed only.
     """
     batch = x.shape[0]
-    candidates = _candidates_above(max(guess, 0.0), x, W_enc, b_enc, column_scale, batch * W_enc.shape[1])
+    if guess <= 0:  # nearly every positive score would be a candidate
+        return _sorted_by_themselves(torch.arange(batch, device=x.device), x, W_enc, b_enc, column_scale, k)
+    candidates = _candidates_above(guess, x, W_enc, b_enc, column_scale, batch * W_enc.shape[1])
     by_score = candidates.scores.argsort(descending=True)
     order = by_score[candidates.rows[by_score].argsort(stable=True)]
     rows = candidates.rows[order]
@@ -151,8 +153,18 @@ def select_topk(
     found = [Selection(*(values[kept] for values in candidates))]
     short = (~enough).nonzero().squeeze(1)
     if short.numel() > 0:
-        sorted_alone = select_topk_reference(x[short], W_enc, b_enc, column_scale, k)
-        found.append(sorted_alone._replace(rows=short[sorted_alone.rows]))
+        found.append(_sorted_by_themselves(short, x, W_enc, b_enc, column_scale, k))
+    return _concatenated(found)
+
+
+def _sorted_by_themselves(
+    samples: Int[Tensor, " n"], x: Tensor, W_enc: Tensor, b_enc: Tensor, column_scale: Tensor | None, k: int
+) -> Selection:
+    """The selection of some samples by sorting all their scores, a few samples at a time."""
+    found: list[Selection] = []
+    for rows in samples.split(max(1, CHUNK_ELEMENTS // W_enc.shape[1])):
+        selection = select_topk_reference(x[rows], W_enc, b_enc, column_scale, k)
+        found.append(selection._replace(rows=rows[selection.rows]))
     return _concatenated(found)
 
 

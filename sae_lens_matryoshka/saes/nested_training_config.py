@@ -23,14 +23,17 @@ class NestedTrainingSAEConfig(TrainingSAEConfig):
             counts every level once, as in SAELens and arXiv:2503.17547.
         prefix_sampling (dict[str, Any] | None): Train on prefixes drawn afresh each step in place of the levels, which
             then only say what is reported and cut out: ``{n_prefixes, min_width, pareto_power, seed}``, see
-            :class:`~sae_lens_matryoshka.prefix_sampling.PrefixSampling` (Nabeshima 2024).
+            :class:`~sae_lens_matryoshka.prefix_sampling.PrefixSampling` (Nabeshima 2024). Given in Python and in run
+            files; SAELens's own command line cannot parse a mapping.
         stop_gradient_between_levels (bool): Each level trains only its own new latents, against what the smaller levels
-            leave over, and is not changed by what larger levels would like.
+            leave over. ``b_dec`` is no level's own: as what is added after decoding it follows the smallest level, as
+            what is subtracted before encoding (``apply_b_dec_to_input``) it follows all of them.
         snap_loss (bool): Take the L2 norm of the residual in place of its square on all levels but the full one
             (Chanin's "snap loss" Matryoshka SAEs, https://huggingface.co/chanind/gemma-2-2b-batch-topk-matryoshka-saes-w-32k-l0-40).
         order_latents_by_contribution (bool): Sort the latents after every step by their running mean squared
             contribution to the reconstruction, largest first, so that a latent's level is decided by how much it
-            explains (Nabeshima 2024). The saved SAE is in that order.
+            explains (Nabeshima 2024). The saved SAE is in that order; the SAE in training is not, nor is the
+            ``sparsity.safetensors`` that SAELens's own runners write (``train`` puts it in order).
         latent_contribution_lr (float): Learning rate of that running mean; 0.05 is Nabeshima's.
     """
 

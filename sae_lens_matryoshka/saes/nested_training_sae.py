@@ -13,7 +13,7 @@ from SAELens's own step of the one-level twin.
 """
 
 from abc import abstractmethod
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -95,10 +95,9 @@ class NestedTrainingSAE(TrainingSAE[Any]):
 
     def __init__(self, cfg: Any, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
-        self._training_buffer_names: list[str] = []
+        self._training_buffer_starts: dict[str, Tensor] = {}
         if cfg.order_latents_by_contribution:
-            contribution = torch.zeros(cfg.d_sae, dtype=torch.float32, device=self.W_dec.device)
-            self._register_training_buffer("latent_contribution", contribution)
+            self._register_training_buffer("latent_contribution", torch.zeros(cfg.d_sae, dtype=torch.float32))
         self._keep_activation_statistics()
 
     @property
@@ -281,7 +280,7 @@ class NestedTrainingSAE(TrainingSAE[Any]):
             contribution = output.feature_acts.detach().float().pow(2).sum(0).to_dense() / output.sae_in.shape[0]
             if self._decoder_scale() is None:
                 contribution = contribution * self.W_dec.float().norm(dim=-1).pow(2)
-            self.latent_contribution.lerp_(contribution, self.cfg.latent_contribution_lr)
+            self.latent_contribution.lerp_(contribution.float(), self.cfg.latent_contribution_lr)
 
     @torch.no_grad()
     def _level_metrics(self, step_input: TrainStepInput, output: TrainStepOutput) -> dict[str, Tensor]:
@@ -315,8 +314,10 @@ class NestedTrainingSAE(TrainingSAE[Any]):
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving_inference(state_dict)
         order = self.latent_order
-        for name in self._training_buffer_names:
+        for name in self._training_buffer_starts:
             del state_dict[name]
+        if "threshold" in state_dict:  # which SAELens trains in float32 whatever the dtype
+            state_dict["threshold"] = state_dict["threshold"].to(self.dtype)
         if order is not None:
             for name in ("b_enc", "W_dec", "threshold"):
                 if name in state_dict:
@@ -327,14 +328,22 @@ class NestedTrainingSAE(TrainingSAE[Any]):
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
-        # checkpoints of the SAELens twin lack them
-        for name in self._training_buffer_names:
-            state_dict.setdefault(name, getattr(self, name).clone())
+        for name, start in self._training_buffer_starts.items():
+            # SAELens casts what it reads to the parameters' dtype; checkpoints of the twin lack these buffers
+            state_dict[name] = state_dict.get(name, start).clone().to(start.dtype)
+
+    @override
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        moved = super()._apply(*args, **kwargs)
+        for name, start in self._training_buffer_starts.items():
+            # as SAELens does for learned thresholds: statistics keep their dtype when parameters change theirs
+            self.register_buffer(name, self.get_buffer(name).to(start.dtype))
+        return moved
 
     def _register_training_buffer(self, name: str, value: Tensor) -> None:
         """Keep a tensor in checkpoints, so that resumed runs go on as if never stopped, but not in saved SAEs."""
-        self.register_buffer(name, value.to(self.W_dec.device))
-        self._training_buffer_names.append(name)
+        self._training_buffer_starts[name] = value
+        self.register_buffer(name, value.clone().to(self.W_dec.device))
 
     def _store_encoder_by_column(self) -> None:
         if not self.W_enc.t().is_contiguous():
@@ -368,11 +377,12 @@ class NestedTrainingSAE(TrainingSAE[Any]):
         """
         sae_in = sae_in.to(self.dtype)
         if self.cfg.normalize_activations == "layer_norm":
-            mean, row_scale = cast(Tensor, self.ln_mu), cast(Tensor, self.ln_std)
-            return torch.where(row_scale > 0, (sae_in - mean) / row_scale, 0.0), row_scale
+            centred = sae_in - sae_in.mean(dim=-1, keepdim=True)
+            row_scale = centred.std(dim=-1, keepdim=True)
+            return torch.where(row_scale > 0, centred / row_scale, 0.0), row_scale
         if self.cfg.normalize_activations == "constant_norm_rescale":
-            coefficient = cast(Tensor, self.x_norm_coeff)
-            return sae_in * coefficient, 1 / coefficient
+            row_scale = sae_in.norm(dim=-1, keepdim=True) / sae_in.shape[-1] ** 0.5
+            return sae_in / row_scale, row_scale
         return sae_in, None
 
 

@@ -23,6 +23,9 @@ from sae_lens_matryoshka.saes.nested_training_sae import Encoding, NestedTrainin
 LISTED_SHARE = 0.03
 """The share of all pre-activations up to which listing those that matter is faster (benchmarks/README.md)."""
 
+SAMPLE_SIZE = 64
+"""How many samples of a batch tell the share that matters while whole matrices are used."""
+
 
 class ThresholdedTrainingSAE(NestedTrainingSAE):
     """A Matryoshka SAE in training whose latents fire where their pre-activation exceeds a threshold."""
@@ -66,7 +69,8 @@ class ThresholdedTrainingSAE(NestedTrainingSAE):
             acts = self._activate(hidden_pre, latents.columns)
             return Encoding(latents, hidden_pre, acts, latents.to_sparse(acts.detach()))
         hidden_pre = hidden_pre_of(x, self.W_enc, self.b_enc, b_dec)
-        self.share_that_matters.fill_((hidden_pre.detach() > floor).sum().item() / n_all)
+        sample = hidden_pre.detach()[:SAMPLE_SIZE]
+        self.share_that_matters.fill_((sample > floor).sum().item() / max(1, sample.numel()))
         acts = self._activate(hidden_pre, None)
         return Encoding(prefixes.lay_out_dense(x.shape[0]), hidden_pre, acts, acts.detach())
 

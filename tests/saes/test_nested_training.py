@@ -1,5 +1,7 @@
 """The options that all variants share: ordering, drawn prefixes, their resumption, and combinations refused."""
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,57 @@ def test_a_run_resumed_from_a_checkpoint_is_bit_equal(architecture: str, tmp_pat
     for name, tensor in whole.sae.state_dict().items():
         assert tensor.equal(resumed.sae.state_dict()[name]), name
     assert len(set(losses)) == 20
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_checkpoint_read_by_saelens_trains_on_and_its_statistics_keep_their_dtype(
+    architecture: str, dtype: str, tmp_path: Path
+):
+    trainer = _trainer(architecture, dtype=dtype, order_latents_by_contribution=True)
+    _train(trainer, range(3))
+    trainer.sae.save_model(tmp_path / "checkpoint")
+    loaded: Any = TrainingSAE.load_from_disk(tmp_path / "checkpoint")
+    for name, tensor in trainer.sae.named_buffers():
+        if name != "topk_threshold":  # SAELens's own, which SAELens casts
+            assert loaded.get_buffer(name).dtype == tensor.dtype, name
+            if dtype != "bfloat16":
+                torch.testing.assert_close(loaded.get_buffer(name), tensor, rtol=1e-6, atol=0)
+    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(9)).to(loaded.dtype)
+    loaded.training_forward_pass(TrainStepInput(x, {"l0": 1.0, "l1": 1.0}, None, 3, False)).loss.backward()
+    with pytest.raises(ValueError, match="is a training checkpoint, not a saved SAE"):
+        MatryoshkaSAE.load_from_disk(tmp_path / "checkpoint")
+    trainer.sae.save_inference_model(tmp_path / "saved")
+    assert MatryoshkaSAE.load_from_disk(tmp_path / "saved").widths == [3, 8, 24]
+
+
+@pytest.mark.parametrize(("architecture", "twin"), [("matryoshka", "batchtopk"), ("matryoshka_standard", "standard")])
+def test_a_checkpoint_of_the_twin_can_be_trained_on(architecture: str, twin: str, tmp_path: Path):
+    twin_class, twin_config = SAE_TRAINING_CLASS_REGISTRY[twin]
+    twin_class(twin_config(d_in=6, d_sae=24)).save_model(tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(
+        json.dumps({**cfg, "architecture": architecture, "k": 3, "matryoshka_widths": [3, 24]})
+    )
+    sae: Any = TrainingSAE.load_from_disk(tmp_path)
+    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(9))
+    assert sae.training_forward_pass(TrainStepInput(x, {"l1": 1.0}, None, 0, False)).loss.isfinite()
+
+
+@pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_copy_trains_as_its_original(architecture: str, normalize: str):
+    sae = _trainer(architecture, normalize_activations=normalize).sae
+    step_inputs = [
+        TrainStepInput(
+            torch.randn(n, 6, generator=torch.Generator().manual_seed(n)), {"l0": 1.0, "l1": 1.0}, None, 0, False
+        )
+        for n in (32, 20)
+    ]
+    sae.training_forward_pass(step_inputs[0])
+    copied = copy.deepcopy(sae)
+    losses = [one.training_forward_pass(step_inputs[1]).loss for one in (copied, sae)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
 
 
 def test_drawn_prefixes_are_trained_and_the_levels_are_reported():
