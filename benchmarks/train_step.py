@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from contenders import Options, Shape, Step, batches, contender, forward_backward
 
+from sae_lens_matryoshka.saes import thresholded_family
+
 SHAPES = ["64/2048/2048/16", "512/8192/4096/32", "768/16384/2048/40", "2304/16384/2048/40"]
 CONTENDERS = [
     "ours",
@@ -46,7 +48,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="D_IN/D_SAE/BATCH/K")
     parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
-    parser.add_argument("--only", choices=["contenders", "variants", "options"], help="print tables of one kind only")
+    parser.add_argument(
+        "--only", choices=["contenders", "variants", "listing", "options"], help="print tables of one kind only"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast, as SAELens's autocast option")
@@ -64,6 +68,8 @@ def main() -> None:
             compare_contenders(shape, options)
     if options.only in (None, "variants"):
         compare_variants(middle, options)
+    if options.only in (None, "listing"):
+        compare_listing(middle, options)
     if options.only in (None, "options"):
         compare_options(middle, options)
 
@@ -100,6 +106,22 @@ def compare_variants(shape: Shape, options: argparse.Namespace) -> None:
         seconds, twin_seconds = interleaved_medians(steps, shape, options).values()
         ratio = twin_seconds / seconds
         print(f"| {variant} | {firing} | {seconds:.3f} | {twin_seconds:.3f} | {ratio:.2f}x |", flush=True)
+    print()
+
+
+def compare_listing(shape: Shape, options: argparse.Namespace) -> None:
+    """One table: our ReLU step from listed entries and from whole matrices, by the share of latents that fire."""
+    print(f"### Entries listed or whole matrices, standard, {shape}\n")
+    print("| share that fires | listed | whole matrices |\n|---|---|---|")
+    for share in (0.0025, 0.01, 0.03, 0.06):
+        firing = replace(shape, k=round(share * shape.d_sae))
+        base = Options(device=options.device, autocast=options.autocast, sparse=True)
+        step = contender("ours standard", firing, base)
+        medians: list[float] = []
+        for limit in (1.0, -1.0):  # everything may be listed, or nothing
+            thresholded_family.LISTED_SHARE = limit
+            medians += interleaved_medians({"step": step}, shape, options).values()
+        print(f"| {share:.2%} | {medians[0]:.3f} | {medians[1]:.3f} |", flush=True)
     print()
 
 

@@ -19,9 +19,9 @@ from jaxtyping import Float
 class PrefixSampling:
     """The law that prefix lengths are drawn from.
 
-    The first length drawn is at most w with probability ((w - min_width + 1) / (d_sae - min_width)) ** pareto_power, for
-    ``min_width <= w < d_sae``: a power of 1 is uniform, smaller ones favour short prefixes. Those that follow are drawn
-    by the same law from the lengths that are left.
+    The first length drawn is at most w with probability ((w - min_width + 1) / (d_sae - min_width)) ** pareto_power,
+    for ``min_width <= w < d_sae``: a power of 1 is uniform, smaller ones favour short prefixes. Those that follow are
+    drawn by the same law from the lengths that are left.
 
     The lengths of a step depend on the seed and the number of the step alone, so a resumed run draws the same ones.
     """
