@@ -1,0 +1,184 @@
+"""Labelled text for probing and erasure: SAEBench's named data sets, or the user's own."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from requests import RequestException
+
+from sae_lens_matryoshka.bench.upstream import dataset_info, dataset_utils
+from sae_lens_matryoshka.errors import UserError
+
+Texts = dict[str, list[str]]
+"""Texts by class."""
+
+
+class DataUnavailableError(UserError):
+    """A data set that an evaluation needs cannot be fetched."""
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """Texts in classes, for training probes and for testing them.
+
+    Args:
+        name: The name that results carry, in SAEBench's ``dataset_names``.
+        train: Class -> texts to train probes on. With a second label, class -> second class -> texts.
+        test: The same to test them on.
+    """
+
+    name: str
+    train: Mapping[str, Sequence[str] | Mapping[str, Sequence[str]]]
+    test: Mapping[str, Sequence[str] | Mapping[str, Sequence[str]]]
+
+    def __post_init__(self) -> None:
+        if len(self.train) < 2 or set(self.train) != set(self.test):
+            raise UserError(
+                f"Data set {self.name!r} needs the same two or more classes in train and test, but has "
+                f"{sorted(self.train)} and {sorted(self.test)}."
+            )
+        for split in (self.train, self.test):
+            for label, texts in split.items():
+                in_class = texts.values() if isinstance(texts, Mapping) else [texts]
+                if any(not text.strip() for part in in_class for text in part):
+                    raise UserError(f"Data set {self.name!r} has an empty text in class {label!r}; remove it.")
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.train)
+
+    @property
+    def crossed(self) -> bool:
+        """Whether every text has two labels, as spurious correlation removal (SCR) needs."""
+        return all(isinstance(texts, Mapping) for texts in self.train.values())
+
+    @classmethod
+    def from_file(
+        cls,
+        path: str | Path,
+        name: str | None = None,
+        text_column: str = "text",
+        label_column: str = "label",
+        second_label_column: str = "second_label",
+        split_column: str = "split",
+        test_fraction: float = 0.2,
+        seed: int = 42,
+    ) -> "LabelledText":
+        """Read a JSONL, CSV or Parquet file with a row a text.
+
+        Args:
+            path: The file; its ending says what it is.
+            name: The name of the data set; None takes the file's.
+            text_column: The column of the texts.
+            label_column: The column of the classes.
+            second_label_column: The column of a second label with two classes, which SCR needs. It may be missing.
+            split_column: The column that says ``train`` or ``test``. Where it is missing, rows are split at random.
+            test_fraction: The part of each class that is for testing where no column says.
+            seed: The seed of that split.
+
+        Raises:
+            UserError: If the file or a column is missing or the file cannot be read.
+        """
+        path = Path(path)
+        rows = _read_table(path)
+        for column in (text_column, label_column):
+            if column not in rows:
+                raise UserError(f"{path} has no column {column!r}, only {', '.join(map(str, rows.columns))}.")
+        labels = [label_column, second_label_column] if second_label_column in rows else [label_column]
+        rows = rows.astype(dict.fromkeys([text_column, *labels], str))
+        if split_column in rows:
+            splits = {split: rows[rows[split_column] == split] for split in ("train", "test")}
+        else:
+            test = rows.groupby(labels, group_keys=False).sample(frac=test_fraction, random_state=seed)
+            splits = {"train": rows.drop(test.index), "test": test}
+        train, test = (_by_class(splits[split], text_column, labels) for split in ("train", "test"))
+        return cls(name or path.stem, train, test)
+
+    def by_class(self, n_train: int, n_test: int) -> tuple[Texts, Texts]:
+        """Equally many texts of every class, at most as many as asked for, since SAEBench compares classes one to one.
+
+        Args:
+            n_train: How many texts of a class to train on.
+            n_test: How many texts of a class to test on.
+        """
+        return _balanced(_joined(self.train), n_train), _balanced(_joined(self.test), n_test)
+
+
+def named_text(name: str, n_train: int, n_test: int, seed: int) -> tuple[Texts, Texts]:
+    """One of SAEBench's data sets for probing and targeted probe perturbation, fetched as SAEBench fetches it.
+
+    Args:
+        name: Its name in SAEBench.
+        n_train: Size of the training set of a probe: twice the texts of a class.
+        n_test: Size of the test set of a probe.
+        seed: The seed of the sampling.
+
+    Raises:
+        UserError: If SAEBench has no such data set.
+        DataUnavailableError: If it cannot be fetched.
+    """
+    known = dataset_info.chosen_classes_per_dataset
+    if name not in known:
+        raise UserError(f"There is no data set {name!r}; pass your own as data, or name one of {', '.join(known)}.")
+    with fetching(name):
+        train, test = dataset_utils.get_multi_label_train_test_data(name, n_train, n_test, seed)
+        return dataset_utils.filter_dataset(train, known[name]), dataset_utils.filter_dataset(test, known[name])
+
+
+@contextmanager
+def fetching(name: str) -> Iterator[None]:
+    """Turns whatever a missing network or data set raises into one sentence that names the data set.
+
+    Raises:
+        DataUnavailableError: If the data set cannot be fetched.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    # datasets and huggingface_hub raise OSErrors, among them ConnectionError and FileNotFoundError; datasets raises
+    # RuntimeError for data sets that are scripts, ValueError for offline ones that are not in the local cache
+    except (OSError, RequestException, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise DataUnavailableError(f"The data set {name!r} cannot be fetched: {reason}.") from error
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    if not path.is_file():
+        raise UserError(f"There is no file {path}.")
+    try:
+        if path.suffix in (".jsonl", ".json"):
+            return pd.read_json(path, lines=True)
+        if path.suffix == ".csv":
+            return pd.read_csv(path)
+        if path.suffix == ".parquet":
+            return pd.read_parquet(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    raise UserError(f"{path} must be a .jsonl, .csv or .parquet file.")
+
+
+def _by_class(rows: pd.DataFrame, text: str, labels: list[str]) -> dict[str, list[str] | dict[str, list[str]]]:
+    if len(labels) == 1:
+        return {str(label): part[text].tolist() for label, part in rows.groupby(labels[0])}
+    return {
+        str(label): {str(second): inner[text].tolist() for second, inner in part.groupby(labels[1])}
+        for label, part in rows.groupby(labels[0])
+    }
+
+
+def _joined(split: Mapping[str, Sequence[str] | Mapping[str, Sequence[str]]]) -> Texts:
+    """Texts by class, those of all second labels in turn."""
+    joined: Texts = {}
+    for label, texts in split.items():
+        parts = texts.values() if isinstance(texts, Mapping) else [texts]
+        joined[label] = [text for turn in itertools.zip_longest(*parts) for text in turn if text is not None]
+    return joined
+
+
+def _balanced(texts: Texts, n: int) -> Texts:
+    n = min([n, *map(len, texts.values())])
+    return {label: in_class[:n] for label, in_class in texts.items()}

@@ -1,0 +1,147 @@
+"""Sparse probing: how well a class can be told from the few latents that differ most (SAEBench, arXiv:2503.09532).
+
+As in SAEBench, for every data set: probes on the model's activations, then on all latents, then on the top k of them.
+The model's part is done once and shared, with the state of the random generators that it leaves behind: every SAE and
+level comes out as if SAEBench had evaluated it alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_lens_matryoshka.bench.activation_source import ActivationSource, Split, TextSpec
+from sae_lens_matryoshka.bench.cache import Entry
+from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView, SharedEncoder
+from sae_lens_matryoshka.bench.evaluation import Evaluation
+from sae_lens_matryoshka.bench.labelled_text import LabelledText, Texts, named_text
+from sae_lens_matryoshka.bench.upstream import (
+    RandomState,
+    SparseProbingEvalConfig,
+    SparseProbingEvalOutput,
+    SparseProbingLlmMetrics,
+    SparseProbingMetricCategories,
+    SparseProbingResultDetail,
+    SparseProbingSaeMetrics,
+    activation_collection,
+    general_utils,
+    probe_training,
+    seed_everything,
+)
+
+DENSE_PROBE: dict[str, Any] = {"select_top_k": None, "use_sklearn": False, "batch_size": 250, "epochs": 100, "lr": 1e-2}
+"""How SAEBench trains the probe on all channels or latents (``sparse_probing.main.run_eval_single_dataset``)."""
+
+DEFAULT_LLM_BATCH_SIZE = 32
+"""SAEBench's batch size for the models of 2 billion parameters and more."""
+
+
+class SparseProbing(Evaluation[SparseProbingEvalConfig]):
+    """SAEBench's ``sparse_probing``.
+
+    Args:
+        config: SAEBench's config; None takes its defaults. Its ``dataset_names`` name SAEBench's data sets or ``data``.
+        data: The user's own text. Without a config it is all that is evaluated.
+    """
+
+    name = "sparse_probing"
+    output_type = SparseProbingEvalOutput
+
+    def __init__(self, config: SparseProbingEvalConfig | None = None, data: Sequence[LabelledText] = ()) -> None:
+        self.data = {text.name: text for text in data}
+        default = SparseProbingEvalConfig(dataset_names=list(self.data)) if data else SparseProbingEvalConfig()
+        super().__init__(config or default)
+
+    def evaluate(
+        self, group: Sequence[EvaluatedSAE], hook: Hook, source: ActivationSource
+    ) -> Iterator[tuple[EvaluatedSAE, SparseProbingEvalOutput]]:
+        specs = {name: self._spec(name, hook, source) for name in self.config.dataset_names}
+        whole = SAEView(group[0].sae, hook, source.name)
+        encoder = SharedEncoder(whole)
+        for sae in group:
+            results: dict[str, dict[str, float]] = {}
+            per_class: dict[str, dict[str, dict[str, float]]] = {}
+            for name, spec in specs.items():
+                llm_accuracies = self._probe_language_model(spec, source)
+                pooled = source.pooled_latents(spec, whole).of_texts
+                train, test = (
+                    {label: encoder.of_level(latents, sae.level) for label, latents in split.items()}
+                    for split in (pooled.train, pooled.test)
+                )
+                accuracies = self._probe_latents(train, test) | llm_accuracies
+                per_class[f"{name}_results"] = accuracies
+                results[f"{name}_results"] = {
+                    metric: sum(by_class.values()) / len(by_class) for metric, by_class in accuracies.items()
+                }
+            yield sae, self._output(sae, self.view(sae, hook, source), results, per_class)
+
+    def _spec(self, name: str, hook: Hook, source: ActivationSource) -> TextSpec:
+        train, test = self._texts(name)
+        batch_size = self.config.llm_batch_size or activation_collection.LLM_NAME_TO_BATCH_SIZE.get(
+            source.name, DEFAULT_LLM_BATCH_SIZE
+        )
+        return TextSpec(train, test, hook, self.config.context_length, batch_size)
+
+    def _texts(self, name: str) -> tuple[Texts, Texts]:
+        n_train, n_test = self.config.probe_train_set_size, self.config.probe_test_set_size
+        if name in self.data:
+            # a probe tells one class from the others, so half of its texts are of the class
+            return self.data[name].by_class(n_train // 2, n_test // 2)
+        return named_text(name, n_train, n_test, self.config.random_seed)
+
+    def _probe_language_model(self, spec: TextSpec, source: ActivationSource) -> dict[str, dict[str, float]]:
+        """Accuracies of probes on the model's activations, by metric and class; leaves the generators after them."""
+
+        def compute() -> Entry:
+            seed_everything(self.config.random_seed)
+            activations = source.of_text(spec)
+            mean = Split(*map(activation_collection.create_meaned_model_activations, (activations.train, activations.test)))
+            accuracies = {"llm_test_accuracy": _accuracies(mean.train, mean.test, **DENSE_PROBE)}
+            for k in self.config.k_values:
+                accuracies[f"llm_top_{k}_test_accuracy"] = _accuracies(mean.train, mean.test, select_top_k=k)
+            state = RandomState.capture()
+            return Entry({"torch": state.torch}, {"accuracies": accuracies, "python": state.python})
+
+        key = source.key("probes", **spec.key, k_values=self.config.k_values, seed=self.config.random_seed)
+        entry = source.cache.get_or_compute(key, compute)
+        RandomState(entry.values["python"], entry.tensors["torch"]).restore()
+        return entry.values["accuracies"]
+
+    def _probe_latents(self, train: dict[str, Tensor], test: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+        if self.config.lower_vram_usage:  # SAEBench's way to leave out the probe on all latents
+            accuracies = {"sae_test_accuracy": {"-1": -1.0}}
+        else:
+            accuracies = {"sae_test_accuracy": _accuracies(train, test, **DENSE_PROBE)}
+        for k in self.config.k_values:
+            accuracies[f"sae_top_{k}_test_accuracy"] = _accuracies(train, test, select_top_k=k)
+        return accuracies
+
+    def _output(
+        self,
+        sae: EvaluatedSAE,
+        view: SAEView,
+        results: dict[str, dict[str, float]],
+        per_class: dict[str, dict[str, dict[str, float]]],
+    ) -> SparseProbingEvalOutput:
+        mean = general_utils.average_results_dictionaries(results, self.config.dataset_names)
+        llm = {metric: value for metric, value in mean.items() if metric.startswith("llm_")}
+        latents = {metric: value for metric, value in mean.items() if metric.startswith("sae_")}
+        return SparseProbingEvalOutput(
+            **self.common_fields(sae, view),
+            eval_result_metrics=SparseProbingMetricCategories(
+                llm=SparseProbingLlmMetrics(**llm),  # type: ignore[arg-type]
+                sae=SparseProbingSaeMetrics(**latents),
+            ),
+            eval_result_details=[
+                SparseProbingResultDetail(dataset_name=name, **result)  # type: ignore[arg-type]
+                for name, result in results.items()
+            ],
+            eval_result_unstructured=per_class,
+        )
+
+
+def _accuracies(train: dict[str, Tensor], test: dict[str, Tensor], **settings: Any) -> dict[str, float]:
+    with torch.enable_grad():
+        _, accuracies = probe_training.train_probe_on_activations(train, test, **settings)
+    return {label: float(accuracy) for label, accuracy in accuracies.items()}

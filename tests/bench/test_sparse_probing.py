@@ -1,0 +1,52 @@
+"""Sparse probing equals SAEBench's own run, for every level."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sae_bench.evals.sparse_probing import main as sparse_probing_main
+
+from sae_lens_matryoshka import MatryoshkaSAE
+from sae_lens_matryoshka.bench import upstream
+from sae_lens_matryoshka.bench.activation_source import ActivationSource
+from sae_lens_matryoshka.bench.evaluated_saes import levels
+from sae_lens_matryoshka.bench.sparse_probing import SparseProbing
+from sae_lens_matryoshka.bench.upstream import SparseProbingEvalConfig
+from tests.bench.conftest import assert_equal, upstream_sae
+
+AG_NEWS = "fancyzhx/ag_news"
+
+
+@pytest.fixture
+def ag_news(snippets: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What SAEBench would download, with our texts in it."""
+    rows = [{"label": int(label), "text": text} for label, texts in snippets.items() for text in texts]
+    monkeypatch.setattr(upstream.dataset_utils, "load_dataset", lambda *_, **__: {"train": rows, "test": rows[::-1]})
+
+
+def _config(**settings: Any) -> SparseProbingEvalConfig:
+    return SparseProbingEvalConfig(
+        dataset_names=[AG_NEWS], probe_train_set_size=120, probe_test_set_size=60, context_length=32, llm_batch_size=32,
+        llm_dtype="float32", model_name="tinystories", **settings,
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("ag_news")
+def test_every_level_equals_saebench_own_run(
+    sae: MatryoshkaSAE, source: ActivationSource, upstream_run: Callable[..., Any], tmp_path: Path
+):
+    ours = SparseProbing(_config()).run(levels("ours", sae), source, tmp_path / "ours")
+    for evaluated, path in zip(levels("ours", sae), ours, strict=True):
+        (theirs,) = upstream_run(
+            sparse_probing_main.run_eval,
+            _config(),
+            [("ours", upstream_sae(evaluated))],
+            "cpu",
+            str(tmp_path / f"theirs-{evaluated.level}"),
+            artifacts_path=str(tmp_path / f"artifacts-{evaluated.level}"),
+        ).values()
+        written = json.loads(path.read_text())
+        for part in ("eval_result_metrics", "eval_result_details", "eval_result_unstructured"):
+            assert_equal(written[part], theirs[part])
