@@ -62,7 +62,7 @@ def sae() -> MatryoshkaSAE:
         sae.W_enc.copy_(sae.W_dec.T)
         sae.b_enc *= 0.1
         sae.b_dec *= 0.1
-        sae.threshold += 2
+        sae.threshold *= 0.5
     return sae
 
 

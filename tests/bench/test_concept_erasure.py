@@ -25,26 +25,26 @@ PROFESSOR_AND_NURSE = [21, 13]
 
 @pytest.fixture
 def bias_in_bios(snippets: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What SAEBench would download, with our texts in it: professions by the number of pronouns, gender by speech."""
+    """What SAEBench would download, with our texts in it: professions by the number of pronouns, gender by tense."""
     texts = sorted((text for in_class in snippets.values() for text in in_class), key=_n_pronouns)
     rows: list[dict[str, Any]] = []
     for index, text in enumerate(texts):
         of_five, of_two = PROFESSIONS[index * 5 // len(texts)], PROFESSOR_AND_NURSE[index * 2 // len(texts)]
         rows.append({"hard_text": text, "profession": of_five, "gender": index % 2})
-        rows.append({"hard_text": text, "profession": of_two, "gender": int('"' in text)})
+        rows.append({"hard_text": text, "profession": of_two, "gender": int(" was " in text)})
     data = {"train": pd.DataFrame(rows), "test": pd.DataFrame(rows[::-1])}
     monkeypatch.setattr(upstream.dataset_utils, "load_dataset", lambda *_, **__: data)
     monkeypatch.setattr(upstream.scr_dataset_creation, "load_dataset", lambda *_, **__: data)
 
 
 def _n_pronouns(text: str) -> int:
-    return len(re.findall(r"\b(she|her|he|his|it|they)\b", text, re.IGNORECASE))
+    return len(re.findall(r"\b(she|her)\b", text, re.IGNORECASE)) - len(re.findall(r"\b(he|his|him)\b", text, re.IGNORECASE))
 
 
 def _config(perform_scr: bool) -> ScrAndTppEvalConfig:
     return ScrAndTppEvalConfig(
-        dataset_names=[BIAS_IN_BIOS], perform_scr=perform_scr, train_set_size=60, test_set_size=40, context_length=32,
-        llm_batch_size=32, llm_dtype="float32", model_name="tinystories", n_values=[2, 5, 10], probe_epochs=10, probe_lr=1e-2,
+        dataset_names=[BIAS_IN_BIOS], perform_scr=perform_scr, train_set_size=80, test_set_size=80, context_length=32,
+        llm_batch_size=32, llm_dtype="float32", model_name="tinystories", n_values=[5, 10], probe_epochs=20, probe_lr=1e-2,
         column1_vals_lookup={BIAS_IN_BIOS: [("professor", "nurse")]},
     )  # fmt: skip
 
@@ -54,6 +54,7 @@ def _config(perform_scr: bool) -> ScrAndTppEvalConfig:
 def test_every_level_equals_saebench_own_run(
     perform_scr: bool, sae: MatryoshkaSAE, source: ActivationSource, upstream_run: Callable[..., Any], tmp_path: Path
 ):
+    values: list[float | None] = []
     ours = ConceptErasure(_config(perform_scr)).run(levels("ours", sae), source, tmp_path / "ours")
     for evaluated, path in zip(levels("ours", sae), ours, strict=True):
         (theirs,) = upstream_run(
@@ -67,4 +68,5 @@ def test_every_level_equals_saebench_own_run(
         written = json.loads(path.read_text())
         for part in ("eval_config", "eval_result_metrics", "eval_result_details", "eval_result_unstructured"):
             assert_equal(written[part], json.loads(json.dumps(theirs[part])))
-        assert any(written["eval_result_metrics"][f"{'scr' if perform_scr else 'tpp'}_metrics"].values())
+        values += written["eval_result_metrics"][f"{'scr' if perform_scr else 'tpp'}_metrics"].values()
+    assert any(values)
