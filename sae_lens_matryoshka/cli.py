@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _inspect(options)
         elif options.command == "push":
             _push(options)
+        elif options.command == "evaluate":
+            _evaluate(options)
         else:
             _run_saelens(saelens_arguments)
     except KeyboardInterrupt:
@@ -108,6 +110,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     push.add_argument("--results", metavar="DIR", help="benchmark results to show: results.csv and PNG figures")
     push.add_argument("--levels", action="store_true", help="also publish each level as an SAE of its own")
     push.add_argument("--dry-run", action="store_true", help="print the model card and the files, write nothing")
+    _add_evaluate(commands.add_parser("evaluate", help="run SAEBench on every level of SAEs (needs the extra bench)"))
 
     commands.add_parser(
         "saelens", add_help=False, help="SAELens's own training command, with the architecture 'matryoshka' registered"
@@ -131,6 +134,46 @@ def _progress_messages() -> Iterator[None]:
     finally:
         package.removeHandler(handler)
         package.setLevel(level)
+
+
+def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument(
+        "saes", nargs="+", metavar="[NAME=]SAE", help="a folder, or REPOSITORY:ID on the Hub; levels where it has any"
+    )
+    evaluate.add_argument("--model", help="folder or name of the language model (default: what the first SAE records)")
+    evaluate.add_argument(
+        "--evals", default="sparse_probing,tpp,scr,absorption,core,meta_structure", metavar="EVAL,...",
+        help="what to run (default: %(default)s)",
+    )  # fmt: skip
+    evaluate.add_argument("--levels", default="all", metavar="all|0,2,-1", help="which levels (default: all)")
+    evaluate.add_argument("--output", required=True, metavar="DIR", help="folder to write; finished results are kept")
+    evaluate.add_argument(
+        "--data", action="append", default=[], metavar="NAME=FILE",
+        help="labelled text of your own for probing and erasure: .jsonl, .csv or .parquet with columns text and label, "
+        "for scr also second_label; repeatable",
+    )  # fmt: skip
+    evaluate.add_argument("--text", metavar="FILE|DIR|NAME", help="text for core (default: Skylion007/openwebtext)")
+    evaluate.add_argument(
+        "--set", action="append", default=[], metavar="EVAL.FIELD=VALUE", help="change a field of SAEBench's config, repeatable"
+    )  # fmt: skip
+    evaluate.add_argument("--hook", help="TransformerLens's name of the hook (default: each SAE's own)")
+    evaluate.add_argument(
+        "--cache", metavar="DIR", help="keep shared activations and probes there (default: in memory)"
+    )
+    evaluate.add_argument("--cache-size", type=float, default=50, metavar="GB", help="its bound (default: 50)")
+    evaluate.add_argument("--device", default="cpu", help="default: cpu")
+    evaluate.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default: float32"
+    )
+    evaluate.add_argument("--force", action="store_true", help="make finished results again")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    try:
+        from sae_lens_matryoshka.bench.command import run_command
+    except ImportError as error:
+        raise UserError(str(error)) from error
+    run_command(options)
 
 
 def _train(options: argparse.Namespace) -> None:

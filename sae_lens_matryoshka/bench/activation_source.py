@@ -53,7 +53,9 @@ class Split:
 
     @classmethod
     def of(cls, flat: Mapping[str, Tensor], classes: Sequence[str]) -> "Split":
-        return cls({label: flat[f"train/{label}"] for label in classes}, {label: flat[f"test/{label}"] for label in classes})
+        return cls(
+            {label: flat[f"train/{label}"] for label in classes}, {label: flat[f"test/{label}"] for label in classes}
+        )
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,11 @@ class ConceptErasure(Evaluation[ScrAndTppEvalConfig]):
                 config.perform_scr,
             )
             state = RandomState.capture()
-            tensors = {f"probe/{label}/{name}": value for label, probe in probes.items() for name, value in probe.state_dict().items()}  # type: ignore[union-attr]
+            tensors = {
+                f"probe/{label}/{name}": value
+                for label, probe in probes.items()
+                for name, value in probe.state_dict().items()
+            }  # type: ignore[union-attr]
             return Entry({**tensors, "torch": state.torch}, {"clean": clean, "python": state.python})
 
         settings = {
@@ -298,9 +302,7 @@ class _MeanLatents:
         return self.view.decode(feature_acts)
 
 
-def _without(
-    ablated: Tensor, means: Mapping[str, _Means], view: SAEView
-) -> dict[str, Float[Tensor, "texts d_in"]]:
+def _without(ablated: Tensor, means: Mapping[str, _Means], view: SAEView) -> dict[str, Float[Tensor, "texts d_in"]]:
     """Mean activations a text, by class, with some latents ablated."""
     return {
         label: scr_and_tpp_main.ablated_precomputed_activations(

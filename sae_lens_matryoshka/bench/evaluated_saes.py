@@ -101,7 +101,9 @@ def hook_of(sae: SAE[Any], override: str | None = None) -> Hook:
     """
     name = override or sae.cfg.metadata.hook_name
     if name is None:
-        raise UserError("The SAE does not record its hook; name it with hook_name, for instance blocks.2.hook_resid_post.")
+        raise UserError(
+            "The SAE does not record its hook; name it with hook_name, for instance blocks.2.hook_resid_post."
+        )
     block = re.fullmatch(r"(?:\w+\.)*(?:layers|h|blocks)\.(\d+)", name)
     if block:
         name = f"blocks.{block[1]}.hook_resid_post"
@@ -166,7 +168,9 @@ class SAEView:
     @cached_property
     def hash(self) -> str:
         """A name for the SAE's parameters and settings."""
-        settings = {name: str(value) for name, value in self.cfg.to_dict().items() if name not in ("metadata", "device")}
+        settings = {
+            name: str(value) for name, value in self.cfg.to_dict().items() if name not in ("metadata", "device")
+        }
         return content_hash([module_hash(self.sae), settings])
 
     @property

@@ -96,7 +96,9 @@ class SparseProbing(Evaluation[SparseProbingEvalConfig]):
         def compute() -> Entry:
             seed_everything(self.config.random_seed)
             activations = source.of_text(spec)
-            mean = Split(*map(activation_collection.create_meaned_model_activations, (activations.train, activations.test)))
+            mean = Split(
+                *map(activation_collection.create_meaned_model_activations, (activations.train, activations.test))
+            )
             accuracies = {"llm_test_accuracy": _accuracies(mean.train, mean.test, **DENSE_PROBE)}
             for k in self.config.k_values:
                 accuracies[f"llm_top_{k}_test_accuracy"] = _accuracies(mean.train, mean.test, select_top_k=k)

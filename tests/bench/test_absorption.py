@@ -23,7 +23,9 @@ from tests.bench.conftest import HOOK, assert_equal, upstream_sae
 def _config(**settings: Any) -> AbsorptionEvalConfig:
     # a model this small does not know many first letters
     small = {"min_GT_probe_f1": 0.05, "min_feats_for_eval": 2, "prompt_template": "{word}", "prompt_token_pos": -1}
-    return AbsorptionEvalConfig(**{"model_name": "tinystories", "k_sparse_probe_num_epochs": 5, "max_k_value": 5, **small, **settings})
+    return AbsorptionEvalConfig(
+        **{"model_name": "tinystories", "k_sparse_probe_num_epochs": 5, "max_k_value": 5, **small, **settings}
+    )
 
 
 def _saebench_own_run(config: AbsorptionEvalConfig, sae: Any, prompts: WordPrompts, folder: Path) -> dict[str, Any]:

@@ -38,7 +38,9 @@ def bias_in_bios(snippets: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
 
 
 def _n_pronouns(text: str) -> int:
-    return len(re.findall(r"\b(she|her)\b", text, re.IGNORECASE)) - len(re.findall(r"\b(he|his|him)\b", text, re.IGNORECASE))
+    return len(re.findall(r"\b(she|her)\b", text, re.IGNORECASE)) - len(
+        re.findall(r"\b(he|his|him)\b", text, re.IGNORECASE)
+    )
 
 
 def _config(perform_scr: bool) -> ScrAndTppEvalConfig:

@@ -1,0 +1,199 @@
+"""The command ``sae-lens-matryoshka evaluate``: from its arguments to SAEs, evaluations and a table."""
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
+from sae_lens import SAE
+
+from sae_lens_matryoshka.bench.absorption import Absorption
+from sae_lens_matryoshka.bench.activation_source import ActivationSource
+from sae_lens_matryoshka.bench.cache import Cache
+from sae_lens_matryoshka.bench.concept_erasure import ConceptErasure
+from sae_lens_matryoshka.bench.core import Core
+from sae_lens_matryoshka.bench.evaluated_saes import levels
+from sae_lens_matryoshka.bench.evaluation import Evaluation
+from sae_lens_matryoshka.bench.labelled_text import LabelledText
+from sae_lens_matryoshka.bench.meta_structure import MetaStructure
+from sae_lens_matryoshka.bench.models import load_model
+from sae_lens_matryoshka.bench.report import RESULTS_FILENAME, evaluate
+from sae_lens_matryoshka.bench.results import headline_table
+from sae_lens_matryoshka.bench.sparse_probing import SparseProbing
+from sae_lens_matryoshka.bench.upstream import (
+    AbsorptionEvalConfig,
+    BaseEvalConfig,
+    CoreEvalConfig,
+    MetaStructureEvalConfig,
+    ScrAndTppEvalConfig,
+    SparseProbingEvalConfig,
+)
+from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, recorded_widths
+
+CONFIGS: dict[str, type[BaseEvalConfig]] = {
+    "sparse_probing": SparseProbingEvalConfig,
+    "tpp": ScrAndTppEvalConfig,
+    "scr": ScrAndTppEvalConfig,
+    "absorption": AbsorptionEvalConfig,
+    "core": CoreEvalConfig,
+    "meta_structure": MetaStructureEvalConfig,
+}
+"""SAEBench's config, by the name of an evaluation."""
+
+
+def run_command(options: argparse.Namespace) -> None:
+    """Do what the command line asks for and print the table.
+
+    Args:
+        options: The arguments of ``evaluate``.
+
+    Raises:
+        UserError: If an argument cannot be used, or, when all else is done, if an evaluation could not be run.
+    """
+    data = [_read_data(text) for text in options.data]
+    evaluations = build_evaluations(options.evals.split(","), options.set, data, options.text)
+    which = None if options.levels == "all" else _parse_levels(options.levels)
+    loaded = [_load_sae(text, options.device) for text in options.saes]
+    saes = [evaluated for name, sae in loaded for evaluated in levels(name, sae, which)]
+    model_name = options.model or loaded[0][1].cfg.metadata.model_name
+    if model_name is None:
+        raise UserError(f"{options.saes[0]} does not record its model; name it with --model.")
+    cache = Cache(options.cache, round(options.cache_size * 10**9))
+    source = ActivationSource(load_model(model_name, options.device, options.dtype), cache)
+    report = evaluate(saes, source, options.output, evaluations, hook_name=options.hook, force=options.force)
+
+    console = Console()
+    if not report.results.empty:
+        console.print(_table(headline_table(report.results)))
+        console.print(f"Results, figures and {RESULTS_FILENAME} are in {report.output}", soft_wrap=True)
+    for sentence in report.skipped:
+        console.print(sentence, soft_wrap=True)
+    console.print(str(cache).capitalize(), soft_wrap=True)
+    if report.failures:
+        raise UserError(" ".join(f"{name} failed: {why}" for name, why in report.failures.items()))
+
+
+def build_evaluations(
+    names: Sequence[str], settings: Sequence[str], data: Sequence[LabelledText], text: str | None
+) -> list[Evaluation]:
+    """The evaluations of these names with SAEBench's default configs, changed by the settings.
+
+    Args:
+        names: Names of evaluations.
+        settings: ``EVALUATION.FIELD=VALUE`` each, where the value is YAML.
+        data: The user's own labelled text, in place of SAEBench's data sets.
+        text: The user's own text for the core evaluation.
+
+    Raises:
+        UserError: If there is no such evaluation or field, or SAEBench refuses a value.
+    """
+    for name in names:
+        if name not in CONFIGS:
+            raise UserError(f"There is no evaluation {name!r}; choose from {', '.join(CONFIGS)}.")
+    changes: dict[str, dict[str, Any]] = {name: {} for name in names}
+    if data:
+        for name in {"sparse_probing", "tpp", "scr"} & set(names):
+            changes[name]["dataset_names"] = [labelled.name for labelled in data]
+    if text is not None and "core" in names:
+        changes["core"]["dataset"] = text
+    for setting in settings:
+        name, field, value = _parse_setting(setting)
+        if name not in changes:
+            raise UserError(f"--set {setting}: {name!r} is not among the evaluations to run ({', '.join(names)}).")
+        changes[name][field] = value
+    configs = {name: _config(name, changes[name]) for name in names}
+    build = {
+        "sparse_probing": lambda config: SparseProbing(config, data),
+        "tpp": lambda config: ConceptErasure(config, data),
+        "scr": lambda config: ConceptErasure(config, data),
+        "absorption": Absorption,
+        "core": Core,
+        "meta_structure": MetaStructure,
+    }
+    return [build[name](config) for name, config in configs.items()]
+
+
+def _config(name: str, changes: dict[str, Any]) -> Any:
+    config = CONFIGS[name]()
+    valid = [field.name for field in dataclasses.fields(config)]
+    for field in changes:
+        if field not in valid:
+            nearest = difflib.get_close_matches(field, valid, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; there are {', '.join(valid)}."
+            raise UserError(f"{name}.{field} is not a field of SAEBench's {type(config).__name__}{hint}")
+    if name in ("tpp", "scr"):
+        changes = {**changes, "perform_scr": name == "scr"}
+    try:
+        return dataclasses.replace(config, **changes)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise UserError(
+            f"{name}.{'.'.join(map(str, problem['loc']))}={problem['input']!r}: {problem['msg']}."
+        ) from error
+
+
+def _parse_setting(setting: str) -> tuple[str, str, Any]:
+    key, separator, value = setting.partition("=")
+    name, dot, field = key.partition(".")
+    if not separator or not dot:
+        raise UserError(f"--set {setting!r} must be EVALUATION.FIELD=VALUE, as absorption.min_feats_for_eval=5.")
+    try:
+        return name, field, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {setting!r}: the value is not YAML.") from error
+
+
+def _parse_levels(text: str) -> list[int]:
+    try:
+        return [int(level) for level in text.split(",")]
+    except ValueError:
+        raise UserError(f"--levels {text!r} must be all, or whole numbers separated by commas, as 0,2,-1.") from None
+
+
+def _read_data(text: str) -> LabelledText:
+    name, separator, path = text.partition("=")
+    if not separator:
+        raise UserError(f"--data {text!r} must be NAME=FILE.")
+    return LabelledText.from_file(path, name)
+
+
+def _load_sae(text: str, device: str) -> tuple[str, SAE[Any]]:
+    """``[NAME=]FOLDER`` or ``[NAME=]REPOSITORY:ID``."""
+    name, separator, where = text.partition("=")
+    if not separator:
+        name, where = "", text
+    repository, colon, sae_id = where.partition(":")
+    try:
+        if (Path(where) / "cfg.json").is_file():
+            sae: SAE[Any] = SAE.load_from_disk(where, device=device)
+        elif colon:
+            sae = SAE.from_pretrained(repository, sae_id, device=device)
+        else:
+            raise UserError(f"There is no saved SAE at {where} (no cfg.json); one on the Hub is REPOSITORY:ID.")
+        if recorded_widths(sae.cfg.to_dict()) is not None:
+            sae = MatryoshkaSAE.from_sae(sae)
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise UserError(f"{where} cannot be loaded: {error}") from error
+    return name or Path(where).name.replace(":", "_"), sae
+
+
+def _table(headlines: pd.DataFrame) -> Table:
+    table = Table("SAE", "level", "width", "L0", *headlines.columns[4:])
+    for row in headlines.itertuples(index=False):
+        level = "" if pd.isna(row[1]) else str(row[1])
+        l0 = "" if pd.isna(row[3]) else f"{row[3]:.1f}"
+        table.add_row(
+            str(row[0]), level, str(row[2]), l0, *("" if pd.isna(value) else f"{value:.3f}" for value in row[4:])
+        )
+    return table

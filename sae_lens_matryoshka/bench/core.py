@@ -1,0 +1,165 @@
+"""SAEBench's core evaluation: L0, variance explained, loss recovered, densities; on the same tokens for every SAE."""
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset, load_dataset
+from jaxtyping import Int
+from pydantic import TypeAdapter
+from sae_lens import ActivationsStore
+from sae_lens.evals import ExplainedVarianceCalculator
+from torch import Tensor
+
+from sae_lens_matryoshka.bench.activation_source import ActivationSource
+from sae_lens_matryoshka.bench.cache import Entry
+from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView
+from sae_lens_matryoshka.bench.evaluation import Evaluation
+from sae_lens_matryoshka.bench.labelled_text import fetching
+from sae_lens_matryoshka.bench.upstream import CoreEvalConfig, CoreEvalOutput, core_main
+from sae_lens_matryoshka.errors import UserError
+
+Tokens = Int[Tensor, "batches prompts context"]
+
+EXPLAINED_VARIANCE = "explained_variance_saelens"
+"""Where ``eval_result_unstructured`` holds the share of variance explained as SAELens computes it.
+
+SAEBench's ``explained_variance`` subtracts the square of the mean square where it means the square of the mean.
+"""
+
+SHUFFLE_SEED = 42
+"""The seed with which SAEBench shuffles the text (``core.main.multiple_evals``)."""
+
+
+class Core(Evaluation[CoreEvalConfig]):
+    """SAEBench's ``core``.
+
+    Args:
+        config: SAEBench's config; None takes its defaults. Its output needs every metric, so all ``compute_*`` are on. Its
+            ``dataset`` is a name on the Hugging Face Hub, or the path of a local data set or of a JSONL file.
+    """
+
+    name = "core"
+    output_type = CoreEvalOutput
+
+    def __init__(self, config: CoreEvalConfig | None = None) -> None:
+        config = config or CoreEvalConfig()
+        everything = {field.name: True for field in dataclasses.fields(config) if field.name.startswith("compute_")}
+        super().__init__(dataclasses.replace(config, **everything))
+
+    def evaluate(
+        self, group: Sequence[EvaluatedSAE], hook: Hook, source: ActivationSource
+    ) -> Iterator[tuple[EvaluatedSAE, CoreEvalOutput]]:
+        special = {getattr(source.model.tokenizer, f"{kind}_token_id") for kind in ("pad", "eos", "bos")}
+        for sae in group:
+            view = self.view(sae, hook, source)
+            reconstruction, variance = self._tokens(view, source)
+            scalar_metrics, feature_metrics = core_main.run_evals(
+                view,  # type: ignore[arg-type]
+                _RecordedTokens(reconstruction, variance),  # type: ignore[arg-type]
+                source.model,  # type: ignore[arg-type]
+                self.config,
+                ignore_tokens=special,
+            )
+            scalar_metrics["misc_metrics"] = core_main.calculate_misc_metrics(feature_metrics)
+            explained = _explained_variance(view, hook, source, variance, special)
+            yield sae, self._output(sae, view, scalar_metrics, feature_metrics, explained)
+
+    def _tokens(self, view: SAEView, source: ActivationSource) -> tuple[Tokens, Tokens]:
+        """Batches for the metrics of reconstruction and those of variance and density, as SAEBench draws them."""
+        config = self.config
+
+        def compute() -> Entry:
+            with fetching(config.dataset):
+                store = ActivationsStore.from_sae(
+                    source.model,  # type: ignore[arg-type]
+                    view,  # type: ignore[arg-type]
+                    context_size=config.context_size,
+                    dataset=_local_text(config.dataset),  # type: ignore[arg-type]
+                    dataset_trust_remote_code=True,
+                )
+                store.shuffle_input_dataset(seed=SHUFFLE_SEED)
+                drawn: list[Tensor] = []
+                for n_batches in (config.n_eval_reconstruction_batches, config.n_eval_sparsity_variance_batches):
+                    batches = [store.get_batch_tokens(config.batch_size_prompts) for _ in range(n_batches)]
+                    drawn.append(torch.stack(batches))
+                    store.reset_input_dataset()
+            return Entry({"reconstruction": drawn[0], "variance": drawn[1]})
+
+        key = source.key(
+            "core tokens",
+            dataset=config.dataset,
+            context_size=config.context_size,
+            prompts=config.batch_size_prompts,
+            batches=[config.n_eval_reconstruction_batches, config.n_eval_sparsity_variance_batches],
+            prepend_bos=view.cfg.metadata.prepend_bos,
+        )
+        tensors = source.cache.get_or_compute(key, compute).tensors
+        return tensors["reconstruction"].to(source.device), tensors["variance"].to(source.device)
+
+    def _output(
+        self,
+        sae: EvaluatedSAE,
+        view: SAEView,
+        scalar_metrics: dict[str, Any],
+        feature_metrics: dict[str, Any],
+        explained_variance: float,
+    ) -> CoreEvalOutput:
+        result = {"metrics": scalar_metrics, "feature_metrics": feature_metrics}
+        result = core_main.replace_nans_with_negative_one(result)
+        result |= {"eval_cfg": self.config, "sae_id": sae.sae_id, "sae_set": sae.name}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "result.json"
+            core_main.save_single_eval_result(result, "", "", "", str(path), view)  # type: ignore[arg-type]
+            eval_output = TypeAdapter(CoreEvalOutput).validate_json(path.read_text(encoding="utf-8"))
+        return dataclasses.replace(
+            eval_output,
+            **self.common_fields(sae, view),
+            eval_result_unstructured={EXPLAINED_VARIANCE: explained_variance},
+        )
+
+
+class _RecordedTokens:
+    """Stands in for SAELens's activation store, of which SAEBench takes tokens only."""
+
+    def __init__(self, reconstruction: Tokens, variance: Tokens) -> None:
+        self._batches = iter([*reconstruction, *variance])
+        self.store_batch_size_prompts = reconstruction.shape[1]
+        self.context_size = reconstruction.shape[2]
+
+    def get_batch_tokens(self, batch_size: int) -> Int[Tensor, "prompts context"]:
+        batch = next(self._batches)
+        assert len(batch) == batch_size
+        return batch
+
+    def reset_input_dataset(self) -> None:
+        """SAEBench goes back to the start of the text between its two parts; so did the recording."""
+
+
+@torch.no_grad()
+def _explained_variance(
+    view: SAEView, hook: Hook, source: ActivationSource, tokens: Tokens, special: set[int | None]
+) -> float:
+    calculator = ExplainedVarianceCalculator()
+    for batch in tokens:
+        _, cache = source.model.run_with_cache(
+            batch, names_filter=[hook.name], stop_at_layer=hook.layer + 1, prepend_bos=False
+        )
+        is_text = ~torch.isin(
+            batch, torch.tensor([token for token in special if token is not None], device=batch.device)
+        )
+        activations = cache[hook.name][is_text]
+        calculator.add_batch(view.decode(view.encode(activations)), activations)
+    return calculator.compute()
+
+
+def _local_text(dataset: str) -> str | Dataset | IterableDataset:
+    path = Path(dataset)
+    if path.suffix != ".jsonl":
+        return dataset
+    if not path.is_file():
+        raise UserError(f"There is no file {path} for the core evaluation.")
+    return load_dataset("json", data_files=str(path), split="train", streaming=True)  # type: ignore[return-value]

@@ -1,0 +1,54 @@
+"""Meta-structure: how much of the decoder a smaller SAE explains (arXiv:2503.17547, appendix D; SAEBench's version).
+
+The paper trains a BatchTopK SAE with a quarter of the latents, 4 of them active, on the decoder directions of an SAE. The
+more variance of the decoder that explains, the more the SAE's latents share components: lower is better.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from sae_lens_matryoshka.bench.activation_source import ActivationSource
+from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook
+from sae_lens_matryoshka.bench.evaluation import Evaluation
+from sae_lens_matryoshka.bench.upstream import (
+    MetaStructureEvalConfig,
+    MetaStructureEvalOutput,
+    meta_structure_main,
+    seed_everything,
+)
+
+
+class MetaStructure(Evaluation[MetaStructureEvalConfig]):
+    """SAEBench's ``meta_structure_decoder_variance``. It looks at weights only, so the model's activations are not used.
+
+    Args:
+        config: SAEBench's config; None takes its defaults, which are the paper's width and sparsity.
+    """
+
+    name = "meta_structure"
+    output_type = MetaStructureEvalOutput
+
+    def __init__(self, config: MetaStructureEvalConfig | None = None) -> None:
+        super().__init__(config or MetaStructureEvalConfig())
+
+    def evaluate(
+        self, group: Sequence[EvaluatedSAE], hook: Hook, source: ActivationSource
+    ) -> Iterator[tuple[EvaluatedSAE, MetaStructureEvalOutput]]:
+        for sae in group:
+            view = self.view(sae, hook, source)
+            # SAEBench seeds only as a script, not as a function
+            seed_everything(self.config.random_seed)
+            with torch.enable_grad():
+                eval_output = meta_structure_main.run_eval_single_sae(
+                    sae.name,
+                    sae.sae_id,
+                    view,  # type: ignore[arg-type]
+                    self.config,
+                    str(source.device),
+                )
+            yield sae, dataclasses.replace(eval_output, **self.common_fields(sae, view))
+
+    def _completed(self, source: ActivationSource) -> MetaStructureEvalConfig:
+        return self.config  # it names neither a model nor its type

@@ -1,0 +1,80 @@
+"""Running several evaluations and writing what they found: result files, one table, figures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from sae_lens_matryoshka.bench.activation_source import ActivationSource
+from sae_lens_matryoshka.bench.cache import Cache
+from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE
+from sae_lens_matryoshka.bench.evaluation import Evaluation
+from sae_lens_matryoshka.bench.figures import plot_results
+from sae_lens_matryoshka.bench.models import Model, load_model
+from sae_lens_matryoshka.bench.results import load_results
+from sae_lens_matryoshka.errors import UserError
+
+RESULTS_FILENAME = "results.csv"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`evaluate` leaves behind."""
+
+    output: Path
+    """The folder with SAEBench's result files, ``results.csv`` and the figures."""
+
+    results: pd.DataFrame
+    """As :func:`load_results` gives them; empty if nothing could be evaluated."""
+
+    failures: dict[str, str] = field(default_factory=dict)
+    """Evaluation -> why it could not be run, in one sentence."""
+
+    skipped: list[str] = field(default_factory=list)
+    """SAEs that an evaluation left out, a sentence each."""
+
+
+def evaluate(
+    saes: Sequence[EvaluatedSAE],
+    model: "Model | ActivationSource | str | Path",
+    output: str | Path,
+    evaluations: Sequence[Evaluation],
+    cache: Cache | None = None,
+    hook_name: str | None = None,
+    force: bool = False,
+) -> Report:
+    """Run evaluations over the same SAEs, sharing the model's activations, and write everything.
+
+    An evaluation that cannot be run, such as for data that cannot be fetched, is reported; the others still run.
+
+    Args:
+        saes: What to evaluate; see :func:`levels`.
+        model: The model, its name or folder, or a source of its activations.
+        output: The folder to write to. Finished results in it are kept.
+        evaluations: What to run.
+        cache: Where to keep what is shared; None keeps it in memory.
+        hook_name: TransformerLens's name of the hook; None takes each SAE's own.
+        force: Whether finished results are made again.
+
+    Raises:
+        UserError: If the model cannot be loaded.
+    """
+    output = Path(output)
+    source = model if isinstance(model, ActivationSource) else ActivationSource(load_model(model), cache)
+    failures: dict[str, str] = {}
+    for evaluation in evaluations:
+        try:
+            evaluation.run(saes, source, output, hook_name, force)
+        except UserError as error:
+            failures[evaluation.name] = str(error)
+            tqdm.write(f"{evaluation.name} could not be run: {error}")
+    skipped = [sentence for evaluation in evaluations for sentence in evaluation.skipped]
+    try:
+        results = load_results(output)
+    except UserError:
+        return Report(output, pd.DataFrame(), failures, skipped)
+    results.to_csv(output / RESULTS_FILENAME, index=False)
+    plot_results(results, output)
+    return Report(output, results, failures, skipped)

@@ -1,0 +1,67 @@
+"""The core evaluation equals SAEBench's own run, and says what variance is explained as SAELens computes it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sae_lens_matryoshka import MatryoshkaSAE
+from sae_lens_matryoshka.bench import upstream
+from sae_lens_matryoshka.bench.activation_source import ActivationSource
+from sae_lens_matryoshka.bench.core import EXPLAINED_VARIANCE, Core
+from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, levels
+from sae_lens_matryoshka.bench.upstream import CoreEvalConfig, core_main
+from tests.bench.conftest import HOOK, assert_equal, upstream_sae
+
+
+def test_every_level_equals_saebench_own_run(
+    sae: MatryoshkaSAE,
+    source: ActivationSource,
+    upstream_run: Callable[..., Any],
+    tinystories: Path,
+    tmp_path: Path,
+):
+    config = CoreEvalConfig(
+        model_name="tinystories", dataset=str(tinystories / "data"), context_size=64, batch_size_prompts=4,
+        n_eval_reconstruction_batches=2, n_eval_sparsity_variance_batches=3,
+        exclude_special_tokens_from_reconstruction=True,
+    )  # fmt: skip
+    ours = Core(config).run(levels("ours", sae), source, tmp_path / "ours")
+    for evaluated, path in zip(levels("ours", sae), ours, strict=True):
+        folder = tmp_path / f"theirs-{evaluated.level}"
+        upstream_run(
+            core_main.multiple_evals,
+            [("ours", upstream_sae(evaluated))],
+            n_eval_reconstruction_batches=2,
+            n_eval_sparsity_variance_batches=3,
+            eval_batch_size_prompts=4,
+            compute_featurewise_density_statistics=True,
+            compute_featurewise_weight_based_metrics=True,
+            exclude_special_tokens_from_reconstruction=True,
+            dataset=config.dataset,
+            context_size=64,
+            output_folder=str(folder),
+            device="cpu",
+        )
+        theirs = json.loads((folder / "ours_custom_sae_eval_results.json").read_text())
+        written = json.loads(path.read_text())
+        for part in ("eval_config", "eval_result_metrics", "eval_result_details"):
+            assert_equal(written[part], theirs[part])
+        assert written["eval_result_metrics"]["sparsity"]["l0"] > 1
+        assert written["eval_result_unstructured"][EXPLAINED_VARIANCE] == pytest.approx(
+            _explained_variance(evaluated, config, source), abs=1e-5
+        )
+
+
+def _explained_variance(evaluated: EvaluatedSAE, config: CoreEvalConfig, source: ActivationSource) -> float:
+    """1 - FVU in float64, on the tokens that are not special."""
+    core = Core(config)
+    with upstream.contained():
+        _, tokens = core._tokens(core.view(evaluated, Hook(HOOK, 2), source), source)
+    x = torch.cat([source.model.run_with_cache(batch)[1][HOOK][batch > 2] for batch in tokens]).double()
+    error = x - evaluated.cut_out.double()(x)
+    evaluated.cut_out.float()
+    return 1 - (error.square().sum() / (x - x.mean(0)).square().sum()).item()
