@@ -154,7 +154,8 @@ def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     evaluate.add_argument("--text", metavar="FILE|DIR|NAME", help="text for core (default: Skylion007/openwebtext)")
     evaluate.add_argument(
-        "--set", action="append", default=[], metavar="EVAL.FIELD=VALUE", help="change a field of SAEBench's config, repeatable"
+        "--set", action="append", default=[], metavar="EVAL.FIELD=VALUE",
+        help="change a field of SAEBench's config, repeatable",
     )  # fmt: skip
     evaluate.add_argument("--hook", help="TransformerLens's name of the hook (default: each SAE's own)")
     evaluate.add_argument(

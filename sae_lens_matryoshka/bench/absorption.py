@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -54,8 +55,9 @@ class Absorption(Evaluation[AbsorptionEvalConfig]):
     """SAEBench's ``absorption_first_letter``.
 
     Args:
-        config: SAEBench's config; None takes its defaults. Its ``prompt_token_pos`` counts from the end of the prompt and
-            must be where the word's token is: -6 in SAEBench's own template with Gemma's tokenizer; -1 in ``"{word}"``.
+        config: SAEBench's config; None takes its defaults. Its ``prompt_token_pos`` counts from the end of the prompt
+            and must be where the word's token is: -6 in SAEBench's own template with Gemma's tokenizer; -1 in
+            ``"{word}"``.
     """
 
     name = "absorption"
@@ -65,8 +67,8 @@ class Absorption(Evaluation[AbsorptionEvalConfig]):
         super().__init__(config or AbsorptionEvalConfig())
         if self.config.prompt_token_pos >= 0:
             raise UserError(
-                f"prompt_token_pos={self.config.prompt_token_pos} must count from the end, since examples come first: -1 "
-                "is the last token."
+                f"prompt_token_pos={self.config.prompt_token_pos} must count from the end, since examples come first: "
+                "-1 is the last token."
             )
         self._prompts: dict[tuple[int, Hook], WordPrompts] = {}
 
@@ -160,7 +162,7 @@ class Absorption(Evaluation[AbsorptionEvalConfig]):
         latents: Float[Tensor, "words width"] | None,
         layer: int,
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """SAEBench's raw scores and metrics of the k-sparse probes, for k up to where every letter's F1 stops rising."""
+        """SAEBench's raw scores and metrics of k-sparse probes, for k up to where every letter's F1 stops rising."""
         config = self.config
         most = min(config.max_k_value, view.cfg.d_sae)
         fitted = min(3, most)
@@ -196,6 +198,7 @@ class Absorption(Evaluation[AbsorptionEvalConfig]):
     def _output(
         self, sae: EvaluatedSAE, view: SAEView, metrics: pd.DataFrame, words: pd.DataFrame
     ) -> AbsorptionEvalOutput:
+        letters: Any = absorption_main._aggregate_results_df(words)
         f1 = dict(zip(metrics["letter"], metrics["f1_probe"], strict=True))
         found = [letter for letter, value in f1.items() if value > self.config.min_GT_probe_f1]
         if len(found) < self.config.min_feats_for_eval:
@@ -213,7 +216,7 @@ class Absorption(Evaluation[AbsorptionEvalConfig]):
                 num_probe_true_positives=row["num_probe_true_positives"],
                 num_split_features=row["num_split_feats"],
             )
-            for _, row in absorption_main._aggregate_results_df(words).iterrows()
+            for row in letters.to_dict(orient="records")
             if row["letter"] in found
         ]
         fractions = [detail.mean_absorption_fraction for detail in details]

@@ -70,7 +70,7 @@ class Cache:
 
     def __str__(self) -> str:
         where = "memory" if self.folder is None else str(self.folder)
-        return f"cache in {where}: {self.n_bytes / 10**9:.2f} GB of at most {self.max_bytes / 10**9:.0f} GB"
+        return f"Cache in {where}: {self.n_bytes / 10**9:.2f} GB of at most {self.max_bytes / 10**9:.0f} GB"
 
     def _read(self, name: str) -> Entry | None:
         if self.folder is None:

@@ -11,9 +11,9 @@ import pandas as pd
 import yaml
 from pydantic import ValidationError
 from rich.console import Console
-from rich.table import Table
-from safetensors import SafetensorError
+from rich.table import Column, Table
 from sae_lens import SAE
+from safetensors import SafetensorError
 
 from sae_lens_matryoshka.bench.absorption import Absorption
 from sae_lens_matryoshka.bench.activation_source import ActivationSource
@@ -77,7 +77,7 @@ def run_command(options: argparse.Namespace) -> None:
         console.print(f"Results, figures and {RESULTS_FILENAME} are in {report.output}", soft_wrap=True)
     for sentence in report.skipped:
         console.print(sentence, soft_wrap=True)
-    console.print(str(cache).capitalize(), soft_wrap=True)
+    console.print(str(cache), soft_wrap=True)
     if report.failures:
         raise UserError(" ".join(f"{name} failed: {why}" for name, why in report.failures.items()))
 
@@ -123,17 +123,17 @@ def build_evaluations(
 
 
 def _config(name: str, changes: dict[str, Any]) -> Any:
-    config = CONFIGS[name]()
-    valid = [field.name for field in dataclasses.fields(config)]
+    config_class = CONFIGS[name]
+    valid = [field.name for field in dataclasses.fields(config_class)]
     for field in changes:
         if field not in valid:
             nearest = difflib.get_close_matches(field, valid, n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; there are {', '.join(valid)}."
-            raise UserError(f"{name}.{field} is not a field of SAEBench's {type(config).__name__}{hint}")
+            raise UserError(f"{name}.{field} is not a field of SAEBench's {config_class.__name__}{hint}")
     if name in ("tpp", "scr"):
         changes = {**changes, "perform_scr": name == "scr"}
     try:
-        return dataclasses.replace(config, **changes)
+        return config_class(**changes)
     except ValidationError as error:
         problem = error.errors()[0]
         raise UserError(
@@ -189,7 +189,7 @@ def _load_sae(text: str, device: str) -> tuple[str, SAE[Any]]:
 
 
 def _table(headlines: pd.DataFrame) -> Table:
-    table = Table("SAE", "level", "width", "L0", *headlines.columns[4:])
+    table = Table(Column("SAE", no_wrap=True, min_width=max(map(len, headlines["sae"]))), "level", "width", "L0", *headlines.columns[4:])
     for row in headlines.itertuples(index=False):
         level = "" if pd.isna(row[1]) else str(row[1])
         l0 = "" if pd.isna(row[3]) else f"{row[3]:.1f}"

@@ -1,13 +1,14 @@
 """Concept erasure: ablate the latents that matter most to a probe and see what it still tells (SAEBench, TPP and SCR).
 
-SAEBench encodes every token anew for each class, each number of ablated latents and each class it measures. But all that
-it keeps are means over the tokens of a text, and with a linear decoder those means are all it needs: the ablated
+SAEBench encodes every token anew for each class, each number of ablated latents and each class it measures. But all
+that it keeps are means over the tokens of a text, and with a linear decoder those means are all it needs: the ablated
 activations are mean(x) - mean(f)[ablated] @ W_dec[ablated]. So SAEBench's functions are given the means instead of the
 tokens, wrapped so that their own encoding step finds the latents at hand, and everything is encoded once.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,7 +19,6 @@ from sae_lens_matryoshka.bench.cache import Entry
 from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView, SharedEncoder
 from sae_lens_matryoshka.bench.evaluation import Evaluation
 from sae_lens_matryoshka.bench.labelled_text import LabelledText, Texts, named_text
-from sae_lens_matryoshka.bench.sparse_probing import DEFAULT_LLM_BATCH_SIZE
 from sae_lens_matryoshka.bench.spurious_text import class_pairs, named_spurious_text, spurious_text
 from sae_lens_matryoshka.bench.upstream import (
     RandomState,
@@ -50,16 +50,15 @@ class ConceptErasure(Evaluation[ScrAndTppEvalConfig]):
     Args:
         config: SAEBench's config; its ``perform_scr`` chooses. None takes its defaults with TPP. Its ``dataset_names``
             name SAEBench's data sets or ``data``.
-        data: The user's own text. Without a config it is all that is evaluated. SCR takes its classes in pairs and needs
-            a second label, unless the config's ``column1_vals_lookup`` names the pairs.
+        data: The user's own text. Without a config it is all that is evaluated. SCR needs a second label, and takes
+            the classes in pairs, in their order, unless the config's ``column1_vals_lookup`` names the pairs.
     """
 
     def __init__(self, config: ScrAndTppEvalConfig | None = None, data: Sequence[LabelledText] = ()) -> None:
         self.data = {text.name: text for text in data}
         if config is None:
-            config = ScrAndTppEvalConfig(perform_scr=False)
-            if data:
-                config = replace(config, dataset_names=list(self.data))
+            of_user = {"dataset_names": list(self.data)} if data else {}
+            config = ScrAndTppEvalConfig(perform_scr=False, **of_user)
         super().__init__(config)
         self.name = "scr" if config.perform_scr else "tpp"  # type: ignore[misc]
         self.output_type = ScrEvalOutput if config.perform_scr else TppEvalOutput
@@ -71,10 +70,10 @@ class ConceptErasure(Evaluation[ScrAndTppEvalConfig]):
     def evaluate(
         self, group: Sequence[EvaluatedSAE], hook: Hook, source: ActivationSource
     ) -> Iterator[tuple[EvaluatedSAE, ScrEvalOutput | TppEvalOutput]]:
-        tasks = [_Task(name, *self._spec(name, hook, source)) for name in self.config.dataset_names if not self._scr]
+        tasks = [_Task(name, *self._spec(name, hook)) for name in self.config.dataset_names if not self._scr]
         for name in self.config.dataset_names if self._scr else ():
             for first, second in self._pairs(name):
-                tasks.append(_Task(f"{name}_scr_{first}_{second}", *self._spec(name, hook, source, (first, second))))
+                tasks.append(_Task(f"{name}_scr_{first}_{second}", *self._spec(name, hook, (first, second))))
         whole = SAEView(group[0].sae, hook, source.name)
         encoder = SharedEncoder(whole)
         for sae in group:
@@ -107,9 +106,7 @@ class ConceptErasure(Evaluation[ScrAndTppEvalConfig]):
             raise UserError(f"column1_vals_lookup has no pairs of classes for data set {name!r}; add them.")
         return [(first, second) for first, second in pairs]
 
-    def _spec(
-        self, name: str, hook: Hook, source: ActivationSource, pair: tuple[str, str] | None = None
-    ) -> tuple[TextSpec, list[str]]:
+    def _spec(self, name: str, hook: Hook, pair: tuple[str, str] | None = None) -> tuple[TextSpec, list[str]]:
         """The texts, and the classes that have probes."""
         config = self.config
         sizes = (config.train_set_size, config.test_set_size)
@@ -123,10 +120,7 @@ class ConceptErasure(Evaluation[ScrAndTppEvalConfig]):
             texts = self.data[name].by_class(sizes[0] // 2, sizes[1] // 2)
         else:
             texts = named_text(name, *sizes, config.random_seed)
-        batch_size = config.llm_batch_size or activation_collection.LLM_NAME_TO_BATCH_SIZE.get(
-            source.name, DEFAULT_LLM_BATCH_SIZE
-        )
-        spec = TextSpec(*texts, hook, config.context_length, batch_size)
+        spec = TextSpec(*texts, hook, config.context_length, config.llm_batch_size)
         return spec, list(texts[0]) if pair is None else list(dataset_info.PAIRED_CLASS_KEYS)
 
     def _probe_language_model(self, task: "_Task", source: ActivationSource) -> tuple[Probes, Accuracies]:
@@ -160,8 +154,8 @@ class ConceptErasure(Evaluation[ScrAndTppEvalConfig]):
             tensors = {
                 f"probe/{label}/{name}": value
                 for label, probe in probes.items()
-                for name, value in probe.state_dict().items()
-            }  # type: ignore[union-attr]
+                for name, value in probe.state_dict().items()  # type: ignore[union-attr]
+            }
             return Entry({**tensors, "torch": state.torch}, {"clean": clean, "python": state.python})
 
         settings = {
@@ -237,7 +231,7 @@ class ConceptErasure(Evaluation[ScrAndTppEvalConfig]):
         per_class: dict[str, dict[str, Accuracies]],
     ) -> ScrEvalOutput | TppEvalOutput:
         mean = general_utils.average_results_dictionaries(results, [name.removesuffix("_results") for name in results])
-        fields = self.common_fields(sae, view) | {"eval_config": self.config_for(sae)}
+        fields: dict[str, Any] = {**self.common_fields(sae, view), "eval_config": self.config_for(sae)}
         if self._scr:
             return ScrEvalOutput(
                 **fields,
@@ -272,8 +266,8 @@ class _Means:
 class _LatentsAsActivations:
     """An SAE for which mean latents are the activations, so that SAEBench's encoding step finds them as they are.
 
-    SAEBench takes a position whose activations sum to 0 for padding. A text on which no latent fires is none, so a 1 goes
-    along with the latents.
+    SAEBench takes a position whose activations sum to 0 for padding. A text on which no latent fires is none, so a 1
+    goes along with the latents.
     """
 
     def __init__(self, view: SAEView) -> None:

@@ -38,8 +38,8 @@ class Core(Evaluation[CoreEvalConfig]):
     """SAEBench's ``core``.
 
     Args:
-        config: SAEBench's config; None takes its defaults. Its output needs every metric, so all ``compute_*`` are on. Its
-            ``dataset`` is a name on the Hugging Face Hub, or the path of a local data set or of a JSONL file.
+        config: SAEBench's config; None takes its defaults. Its output needs every metric, so all ``compute_*`` are on.
+            Its ``dataset`` is a name on the Hugging Face Hub, or the path of a local data set or of a JSONL file.
     """
 
     name = "core"

@@ -89,8 +89,8 @@ class Hook:
 def hook_of(sae: SAE[Any], override: str | None = None) -> Hook:
     """The hook of an SAE in TransformerLens's names.
 
-    SAEs trained on Hugging Face models name a module instead, such as ``model.layers.2``: the output of that block, which
-    TransformerLens calls ``blocks.2.hook_resid_post``.
+    SAEs trained on Hugging Face models name a module instead, such as ``model.layers.2``: the output of that block,
+    which TransformerLens calls ``blocks.2.hook_resid_post``.
 
     Args:
         sae: The SAE; its metadata name the hook.
@@ -202,7 +202,7 @@ class SharedEncoder:
         if self._levels_are_slices:
             return self.view.encode(x)
         norms = self.view.norms
-        of_levels: list[Tensor] = self.view.sae.encode_levels(x)
+        of_levels: list[Tensor] = self.view.sae.encode_levels(x)  # type: ignore[operator]
         return torch.cat([acts if norms is None else acts * norms[: acts.shape[-1]] for acts in of_levels], dim=-1)
 
     def of_level(self, encoded: Float[Tensor, "*batch n_columns"], level: int | None) -> Float[Tensor, "*batch width"]:

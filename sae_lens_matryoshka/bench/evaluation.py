@@ -21,6 +21,7 @@ from sae_lens_matryoshka.bench.models import Model, load_model
 from sae_lens_matryoshka.bench.upstream import (
     BaseEvalConfig,
     BaseEvalOutput,
+    activation_collection,
     contained,
     general_utils,
     get_eval_uuid,
@@ -30,6 +31,9 @@ from sae_lens_matryoshka.bench.upstream import (
 from sae_lens_matryoshka.errors import UserError
 
 Config = TypeVar("Config", bound=BaseEvalConfig)
+DEFAULT_LLM_BATCH_SIZE = 32
+"""SAEBench's batch size for the models of 2 billion parameters and more."""
+
 PARAMETERS_HASH = "parameters_hash"
 """Where a result's ``sae_cfg_dict["metadata"]`` says which parameters were evaluated."""
 
@@ -38,7 +42,8 @@ class Evaluation(ABC, Generic[Config]):
     """One of SAEBench's evaluations, for any number of SAEs and levels at once.
 
     Args:
-        config: SAEBench's own config. Its ``llm_dtype`` and, if empty, ``model_name`` are filled in from the model.
+        config: SAEBench's own config. Its ``llm_dtype``, and what it leaves open of ``model_name`` and
+            ``llm_batch_size``, are filled in.
     """
 
     name: ClassVar[str]
@@ -134,8 +139,14 @@ class Evaluation(ABC, Generic[Config]):
         self.skipped.append(f"{self.name} leaves out {sae}: {why}")
 
     def _completed(self, source: ActivationSource) -> Config:
-        dtype = general_utils.dtype_to_str(source.dtype)
-        return dataclasses.replace(self.config, model_name=self.config.model_name or source.name, llm_dtype=dtype)
+        """The config with what it leaves open: SAEBench fills these in from its command line."""
+        changes: dict[str, Any] = {"llm_dtype": general_utils.dtype_to_str(source.dtype)}
+        if not getattr(self.config, "model_name", None):
+            changes["model_name"] = source.name
+        if getattr(self.config, "llm_batch_size", 0) is None:
+            known = activation_collection.LLM_NAME_TO_BATCH_SIZE
+            changes["llm_batch_size"] = known.get(source.name, DEFAULT_LLM_BATCH_SIZE)
+        return dataclasses.replace(self.config, **changes)
 
     def _path(self, output: Path, sae: EvaluatedSAE) -> Path:
         return Path(general_utils.get_results_filepath(str(output / self.name), sae.name, sae.sae_id))

@@ -27,7 +27,7 @@ def plot_results(results: pd.DataFrame, folder: Path) -> list[Path]:
     """
     table = headline_table(results)
     paths = [_plot(table, "width", "latents", folder / BY_WIDTH_FILENAME)]
-    if table["l0"].notna().any():
+    if table["l0"].count() > 0:
         paths.append(_plot(table, "l0", "L0 (mean latents active a token)", folder / BY_L0_FILENAME))
     return paths
 
@@ -53,7 +53,7 @@ def _plot(table: pd.DataFrame, x: str, x_label: str, path: Path) -> Path:
 def _panel(axes: Axes, table: pd.DataFrame, x: str, metric: str) -> None:
     for name, of_sae in table.groupby("sae", sort=False):
         of_sae = of_sae.dropna(subset=[x])
-        if of_sae["level"].notna().any():
+        if of_sae["level"].count() > 0:
             (line,) = axes.plot(of_sae[x], of_sae[metric], marker="o", markersize=5, label=str(name))
             for point in of_sae[[x, metric, "level"]].dropna().itertuples(index=False):
                 axes.annotate(

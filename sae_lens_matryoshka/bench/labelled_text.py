@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from requests import RequestException
@@ -83,7 +84,7 @@ class LabelledText:
             UserError: If the file or a column is missing or the file cannot be read.
         """
         path = Path(path)
-        rows = _read_table(path)
+        rows: Any = _read_table(path)
         for column in (text_column, label_column):
             if column not in rows:
                 raise UserError(f"{path} has no column {column!r}, only {', '.join(map(str, rows.columns))}.")

@@ -1,7 +1,7 @@
 """Meta-structure: how much of the decoder a smaller SAE explains (arXiv:2503.17547, appendix D; SAEBench's version).
 
-The paper trains a BatchTopK SAE with a quarter of the latents, 4 of them active, on the decoder directions of an SAE. The
-more variance of the decoder that explains, the more the SAE's latents share components: lower is better.
+The paper trains a BatchTopK SAE with a quarter of the latents, 4 of them active, on the decoder directions of an SAE.
+The more variance of the decoder that explains, the more the SAE's latents share components: lower is better.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from sae_lens_matryoshka.bench.upstream import (
 
 
 class MetaStructure(Evaluation[MetaStructureEvalConfig]):
-    """SAEBench's ``meta_structure_decoder_variance``. It looks at weights only, so the model's activations are not used.
+    """SAEBench's ``meta_structure_decoder_variance``. It looks at weights only; the model is not used.
 
     Args:
         config: SAEBench's config; None takes its defaults, which are the paper's width and sparsity.

@@ -55,10 +55,10 @@ def load_results(folder: str | Path) -> pd.DataFrame:
     if not paths:
         raise UserError(f"There are no results in {folder}; expected files as sparse_probing/NAME_eval_results.json.")
     rows = [row for path in paths for row in _rows(path)]
-    results = pd.DataFrame(rows, columns=COLUMNS[:-1])
+    results: Any = pd.DataFrame(rows).reindex(columns=COLUMNS[:-1])
     results["level"] = results["level"].astype("Int64")
-    l0 = results[(results["evaluation"] == "core") & (results["metric"] == "l0")]
-    by_sae = {(row.sae, row.width): row.value for row in l0.itertuples()}
+    l0: Any = results[(results["evaluation"] == "core") & (results["metric"] == "l0")]
+    by_sae = dict(zip(zip(l0["sae"], l0["width"], strict=True), l0["value"], strict=True))
     results["l0"] = [by_sae.get(pair, float("nan")) for pair in zip(results["sae"], results["width"], strict=True)]
     return results.sort_values(["evaluation", "sae", "width", "metric"], ignore_index=True)
 
@@ -73,9 +73,10 @@ def headline_table(results: pd.DataFrame) -> pd.DataFrame:
         A table with the columns ``sae``, ``level``, ``width``, ``l0`` and a column an evaluation, named in words.
     """
     keys = ["sae", "level", "width", "l0"]
-    table = results[keys].drop_duplicates(["sae", "width"]).sort_values(["sae", "width"], ignore_index=True)
+    table: Any = results[keys]
+    table = table.drop_duplicates(["sae", "width"]).sort_values(["sae", "width"], ignore_index=True)
     for evaluation, headline in HEADLINES.items():
-        of_evaluation = results[results["evaluation"] == evaluation]
+        of_evaluation: Any = results[results["evaluation"] == evaluation]
         measured = set(of_evaluation.dropna(subset="value")["metric"])
         metric = next((metric for metric in headline.metrics if metric in measured), None)
         if metric is None:

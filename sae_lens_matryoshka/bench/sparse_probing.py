@@ -33,9 +33,6 @@ from sae_lens_matryoshka.bench.upstream import (
 DENSE_PROBE: dict[str, Any] = {"select_top_k": None, "use_sklearn": False, "batch_size": 250, "epochs": 100, "lr": 1e-2}
 """How SAEBench trains the probe on all channels or latents (``sparse_probing.main.run_eval_single_dataset``)."""
 
-DEFAULT_LLM_BATCH_SIZE = 32
-"""SAEBench's batch size for the models of 2 billion parameters and more."""
-
 
 class SparseProbing(Evaluation[SparseProbingEvalConfig]):
     """SAEBench's ``sparse_probing``.
@@ -56,7 +53,7 @@ class SparseProbing(Evaluation[SparseProbingEvalConfig]):
     def evaluate(
         self, group: Sequence[EvaluatedSAE], hook: Hook, source: ActivationSource
     ) -> Iterator[tuple[EvaluatedSAE, SparseProbingEvalOutput]]:
-        specs = {name: self._spec(name, hook, source) for name in self.config.dataset_names}
+        specs = {name: self._spec(name, hook) for name in self.config.dataset_names}
         whole = SAEView(group[0].sae, hook, source.name)
         encoder = SharedEncoder(whole)
         for sae in group:
@@ -76,12 +73,10 @@ class SparseProbing(Evaluation[SparseProbingEvalConfig]):
                 }
             yield sae, self._output(sae, self.view(sae, hook, source), results, per_class)
 
-    def _spec(self, name: str, hook: Hook, source: ActivationSource) -> TextSpec:
+    def _spec(self, name: str, hook: Hook) -> TextSpec:
         train, test = self._texts(name)
-        batch_size = self.config.llm_batch_size or activation_collection.LLM_NAME_TO_BATCH_SIZE.get(
-            source.name, DEFAULT_LLM_BATCH_SIZE
-        )
-        return TextSpec(train, test, hook, self.config.context_length, batch_size)
+        assert self.config.llm_batch_size is not None  # filled in
+        return TextSpec(train, test, hook, self.config.context_length, self.config.llm_batch_size)
 
     def _texts(self, name: str) -> tuple[Texts, Texts]:
         n_train, n_test = self.config.probe_train_set_size, self.config.probe_test_set_size

@@ -82,7 +82,7 @@ def _put_together(
         counts = ", ".join(f"{a} and {b}: {len(texts)}" for (a, b), texts in quadrants.items())
         raise UserError(f"Data set {data.name!r} has too few texts for SCR ({counts}).")
     rows = [(text, a, b) for (a, b), texts in quadrants.items() for text in texts]
-    frame = pd.DataFrame(rows, columns=["text", "label", "second_label"])
+    frame = pd.DataFrame([dict(zip(("text", "label", "second_label"), row, strict=True)) for row in rows])
     return scr_dataset_creation.get_spurious_corr_data(frame, pair, (second[0], second[1]), data.name, n, seed)
 
 

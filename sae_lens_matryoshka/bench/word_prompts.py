@@ -36,7 +36,7 @@ class WordPrompts:
         self._activations: dict[str, Float[Tensor, " d_model"]] = {}
 
     def to_tokens(self, prompt: str) -> Tensor:
-        """One token, whatever the prompt: SAEBench asks for tokens only to compare lengths, which need not agree here."""
+        """One token, whatever the prompt: SAEBench asks only to compare lengths, which need not agree here."""
         return torch.zeros((1, 1), dtype=torch.long)
 
     @torch.no_grad()

@@ -16,8 +16,7 @@ from sae_lens_matryoshka.bench.evaluated_saes import Hook, levels
 from sae_lens_matryoshka.bench.models import Model
 from sae_lens_matryoshka.bench.upstream import AbsorptionEvalConfig
 from sae_lens_matryoshka.bench.word_prompts import WordPrompts
-from sae_lens_matryoshka.errors import UserError
-from tests.bench.conftest import HOOK, assert_equal, upstream_sae
+from tests.bench.fixtures import HOOK, assert_equal, upstream_sae
 
 
 def _config(**settings: Any) -> AbsorptionEvalConfig:

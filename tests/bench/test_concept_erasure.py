@@ -16,7 +16,7 @@ from sae_lens_matryoshka.bench.activation_source import ActivationSource
 from sae_lens_matryoshka.bench.concept_erasure import ConceptErasure
 from sae_lens_matryoshka.bench.evaluated_saes import levels
 from sae_lens_matryoshka.bench.upstream import ScrAndTppEvalConfig
-from tests.bench.conftest import assert_equal, upstream_sae
+from tests.bench.fixtures import assert_equal, upstream_sae
 
 BIAS_IN_BIOS = "LabHC/bias_in_bios_class_set1"
 PROFESSIONS = [0, 1, 2, 6, 9]
@@ -46,8 +46,8 @@ def _n_pronouns(text: str) -> int:
 def _config(perform_scr: bool) -> ScrAndTppEvalConfig:
     return ScrAndTppEvalConfig(
         dataset_names=[BIAS_IN_BIOS], perform_scr=perform_scr, train_set_size=80, test_set_size=80, context_length=32,
-        llm_batch_size=32, llm_dtype="float32", model_name="tinystories", n_values=[5, 10], probe_epochs=20, probe_lr=1e-2,
-        column1_vals_lookup={BIAS_IN_BIOS: [("professor", "nurse")]},
+        llm_batch_size=32, llm_dtype="float32", model_name="tinystories", n_values=[5, 10], probe_epochs=20,
+        probe_lr=1e-2,        column1_vals_lookup={BIAS_IN_BIOS: [("professor", "nurse")]},
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from sae_lens_matryoshka.bench.activation_source import ActivationSource
 from sae_lens_matryoshka.bench.core import EXPLAINED_VARIANCE, Core
 from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, levels
 from sae_lens_matryoshka.bench.upstream import CoreEvalConfig, core_main
-from tests.bench.conftest import HOOK, assert_equal, upstream_sae
+from tests.bench.fixtures import HOOK, assert_equal, upstream_sae
 
 
 def test_every_level_equals_saebench_own_run(

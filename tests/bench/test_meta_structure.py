@@ -10,7 +10,7 @@ from sae_lens_matryoshka.bench.activation_source import ActivationSource
 from sae_lens_matryoshka.bench.evaluated_saes import levels
 from sae_lens_matryoshka.bench.meta_structure import MetaStructure
 from sae_lens_matryoshka.bench.upstream import MetaStructureEvalConfig, meta_structure_main, seed_everything
-from tests.bench.conftest import assert_equal, upstream_sae
+from tests.bench.fixtures import assert_equal, upstream_sae
 
 
 def test_every_level_equals_saebench_own_run(

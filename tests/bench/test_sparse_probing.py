@@ -14,7 +14,7 @@ from sae_lens_matryoshka.bench.activation_source import ActivationSource
 from sae_lens_matryoshka.bench.evaluated_saes import levels
 from sae_lens_matryoshka.bench.sparse_probing import SparseProbing
 from sae_lens_matryoshka.bench.upstream import SparseProbingEvalConfig
-from tests.bench.conftest import assert_equal, upstream_sae
+from tests.bench.fixtures import assert_equal, upstream_sae
 
 AG_NEWS = "fancyzhx/ag_news"
 

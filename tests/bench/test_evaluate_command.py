@@ -1,0 +1,158 @@
+"""The command as a user meets it: local data, results, table, figures, reruns, mistakes."""
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from pydantic import TypeAdapter
+from sae_bench.sae_bench_utils import graphing_utils
+
+from sae_lens_matryoshka import MatryoshkaSAE
+from sae_lens_matryoshka.bench import load_results, upstream
+from sae_lens_matryoshka.bench.figures import plot_results
+from sae_lens_matryoshka.bench.results import headline_table
+from sae_lens_matryoshka.cli import main
+
+QUICK = {
+    "sparse_probing": {"probe_train_set_size": 40, "probe_test_set_size": 20, "context_length": 16, "k_values": "[1]"},
+    "tpp": {"train_set_size": 40, "test_set_size": 20, "context_length": 16, "n_values": "[2, 20]", "probe_epochs": 1},
+    "core": {
+        "context_size": 32, "batch_size_prompts": 4, "n_eval_reconstruction_batches": 1,
+        "n_eval_sparsity_variance_batches": 2,
+    },
+    "meta_structure": {"train_steps": 5, "autocast": "false"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def arguments(sae: MatryoshkaSAE, snippets: dict[str, list[str]], tinystories: Path, tmp_path: Path) -> list[str]:
+    """A Matryoshka SAE, a plain one, and a file of labelled text."""
+    sae.save_model(tmp_path / "matryoshka")
+    plain = sae.at_level(1)
+    plain.cfg.metadata.matryoshka_widths = None
+    plain.save_model(tmp_path / "plain")
+    rows = [{"text": text, "label": label} for label, texts in snippets.items() for text in texts]
+    pd.DataFrame(rows).to_json(tmp_path / "kinds.jsonl", orient="records", lines=True)
+    return [
+        "evaluate",
+        str(tmp_path / "matryoshka"),
+        f"baseline={tmp_path / 'plain'}",
+        *("--model", str(tinystories / "model")),
+        *("--data", f"kinds={tmp_path / 'kinds.jsonl'}"),
+        *("--text", str(tinystories / "data" / "validation.jsonl")),
+        *("--output", str(tmp_path / "out")),
+        *("--cache", str(tmp_path / "cache")),
+    ]
+
+
+def _evals(*names: str) -> list[str]:
+    """Arguments that choose evaluations and make them quick."""
+    settings = [f"{name}.{field}={value}" for name in names for field, value in QUICK[name].items()]
+    return ["--evals", ",".join(names), *(part for setting in settings for part in ("--set", setting))]
+
+
+def test_everything_from_the_command_line(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert main([*arguments, *_evals(*QUICK), "--levels", "0,-1"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"│ matryoshka +│ 2 +│ 128 +│ \d+\.\d +│ 0\.\d{3}", printed)
+    assert re.search(r"│ baseline +│ +│ 48 +│ \d+\.\d +│ 0\.\d{3}", printed)
+    assert "Cache in" in printed
+    assert list(folder.iterdir()) == []
+
+    output = tmp_path / "out"
+    assert {path.name for path in output.iterdir()} == {
+        "sparse_probing", "tpp", "core", "meta_structure", "results.csv", "metrics_by_width.png", "metrics_by_l0.png",
+    }  # fmt: skip
+    results = load_results(output)
+    assert list(results.columns) == ["sae", "level", "width", "evaluation", "metric", "value", "l0"]
+    assert len(pd.read_csv(output / "results.csv")) == len(results)
+    table = headline_table(results)
+    assert table[["sae", "width"]].values.tolist() == [["baseline", 48], ["matryoshka", 16], ["matryoshka", 128]]
+    assert not table["TPP, 2 latents" if "TPP, 2 latents" in table else "TPP, 20 latents"].isna().all()
+    assert table["l0"].is_monotonic_increasing or table["l0"].notna().all()
+
+    # SAEBench's schema, and SAEBench's own plots read the files
+    paths = sorted(output.glob("tpp/*.json"))
+    assert [path.name for path in paths] == [
+        "baseline_custom_sae_eval_results.json",
+        "matryoshka_level_0_eval_results.json",
+        "matryoshka_level_2_eval_results.json",
+    ]
+    for path in paths:
+        TypeAdapter(upstream.TppEvalOutput).validate_json(path.read_text())
+    core = sorted(map(str, output.glob("core/*.json")))
+    read = graphing_utils.get_eval_results(list(map(str, paths)))
+    assert set(read) == set(graphing_utils.get_core_results(core))
+
+
+def test_a_rerun_keeps_what_is_finished(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments += [*_evals("meta_structure"), "--levels", "0"]
+    assert main(arguments) == 0
+    (path,) = (tmp_path / "out" / "meta_structure").glob("matryoshka*.json")
+    first = path.read_text()
+    assert main(arguments) == 0
+    assert path.read_text() == first
+    capsys.readouterr()
+
+    changed = [*arguments, "--set", "meta_structure.random_seed=1"]
+    assert main(changed) == 1
+    assert "was made with random_seed=42, now 1" in capsys.readouterr().err
+    assert path.read_text() == first
+    assert main([*changed, "--force"]) == 0
+    assert json.loads(path.read_text())["eval_config"]["random_seed"] == 1
+
+
+def test_what_cannot_be_fetched_is_named_and_the_rest_is_done(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    at = arguments.index("--data")
+    del arguments[at : at + 2]
+    settings = ["--set", "tpp.dataset_names=[LabHC/bias_in_bios_class_set1]"]
+    assert main([*arguments, *_evals("tpp", "meta_structure"), *settings, "--levels", "0"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: tpp failed: The data set 'LabHC/bias_in_bios_class_set1' cannot be fetched")
+    assert set(load_results(tmp_path / "out")["evaluation"]) == {"meta_structure"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--evals", "tp"], "There is no evaluation 'tp'; choose from sparse_probing, tpp"),
+        (["--evals", "core", "--set", "core.contxt_size=3"], "CoreEvalConfig; did you mean 'context_size'?"),
+        (
+            ["--evals", "core", "--set", "core.context_size=many"],
+            "core.context_size='many': Input should be a valid integer",
+        ),
+        (["--evals", "core", "--set", "tpp.n_values=[1]"], "'tpp' is not among the evaluations to run (core)"),
+        (["--evals", "core", "--set", "n_values=[1]"], "must be EVALUATION.FIELD=VALUE"),
+        (["--levels", "first"], "--levels 'first' must be all, or whole numbers"),
+        (["--levels", "7"], "matryoshka: level 7 is out of range"),
+        (["--data", "kinds.csv"], "--data 'kinds.csv' must be NAME=FILE"),
+        (["--model", "nobody/nothing"], "The model 'nobody/nothing' cannot be loaded"),
+        (["--evals", "meta_structure", "--hook", "somewhere"], "hook_name='somewhere' is not a hook of a block"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    changes: list[str], message: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main([*arguments, *changes]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert not list(tmp_path.glob("out/*/*.json"))
+
+
+def test_figures_of_one_evaluation_without_l0(tmp_path: Path):
+    rows = [
+        {"sae": name, "level": level, "width": width, "evaluation": "absorption", "value": value, "l0": float("nan")}
+        for name, level, width, value in (("a", 0, 8, 0.1), ("a", 1, 16, 0.2), ("b", None, 16, 0.3))
+    ]
+    results = pd.DataFrame(rows).assign(metric="mean_absorption_fraction_score").astype({"level": "Int64"})
+    assert [path.name for path in plot_results(results, tmp_path)] == ["metrics_by_width.png"]
