@@ -25,7 +25,13 @@ import torch
 from sae_lens.saes.sae import SAEMetadata
 from train_step import _status_bytes, machine
 
-from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaSAEConfig, calibrate_threshold, paper_widths
+from sae_lens_matryoshka import (
+    MatryoshkaJumpReLUSAE,
+    MatryoshkaJumpReLUSAEConfig,
+    MatryoshkaSAE,
+    calibrate_threshold,
+    paper_widths,
+)
 from sae_lens_matryoshka.bench import (
     Absorption,
     ActivationSource,
@@ -174,7 +180,9 @@ def config(evaluation: str) -> Any:
 def random_sae(model: Any, texts: dict[str, list[str]], d_sae: int) -> MatryoshkaSAE:
     """An untrained SAE that fires 16 latents a token."""
     torch.manual_seed(0)
-    sae = MatryoshkaSAE(MatryoshkaSAEConfig(model.cfg.d_model, d_sae, matryoshka_widths=paper_widths(d_sae)))
+    sae = MatryoshkaJumpReLUSAE(
+        MatryoshkaJumpReLUSAEConfig(model.cfg.d_model, d_sae, matryoshka_widths=paper_widths(d_sae))
+    )
     with torch.no_grad():
         sae.W_dec.copy_(torch.nn.functional.normalize(torch.randn_like(sae.W_dec), dim=-1))
         sae.W_enc.copy_(sae.W_dec.T)

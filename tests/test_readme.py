@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,7 @@ def test_every_block_is_covered():
         ["train", "gemma-2-2b-sweep"],
         ["train", "gemma-2-2b"],
         ["push", "runs/stories260K"],
+        ["evaluate", "runs/stories260K"],
     ]
 
 
@@ -70,6 +72,8 @@ def test_the_main_job_shows_the_effect_that_the_readme_reports(folder: Path):
 
 def test_python_blocks_run(folder: Path):
     for code in [code for language, code in BLOCKS if language == "python"]:
+        if ".bench" in code and find_spec("sae_bench") is None:
+            continue
         done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         if "level_of" in code:
@@ -84,6 +88,10 @@ def test_yaml_blocks_are_run_files():
 def test_the_local_tinystories_commands_run(tinystories: Path, tmp_path: Path):
     train, inspect, push = (_commands()[index] for index in (2, 3, 7))
     done = _run([argument.replace("$TINYSTORIES", str(tinystories)) for argument in train], tmp_path)
+    train, inspect, *_, evaluate = (
+        [argument.replace("$TINYSTORIES", str(tinystories)) for argument in command] for command in _commands()[2:]
+    )
+    done = _run(train, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "sae: levels of the saved SAE" in done.stdout
     shown = _run(inspect, tmp_path)
@@ -93,6 +101,12 @@ def test_the_local_tinystories_commands_run(tinystories: Path, tmp_path: Path):
     assert dry_run.returncode == 0, dry_run.stderr[-2000:]
     assert "## model.layers.2" in dry_run.stdout
     assert f"'{tinystories}/model' is published as 'model'" in dry_run.stdout
+    if find_spec("sae_bench") is None:
+        pytest.skip("all but the evaluation has run; that needs SAEBench: pip install -e '.[dev,bench]'")
+    evaluated = _run(evaluate, tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr[-2000:]
+    assert "loss recovered" in evaluated.stdout
+    assert (tmp_path / "runs/evaluations/metrics_by_l0.png").is_file()
 
 
 @pytest.mark.parametrize("index", [1, 4, 5, 6])

@@ -189,7 +189,13 @@ def _load_sae(text: str, device: str) -> tuple[str, SAE[Any]]:
 
 
 def _table(headlines: pd.DataFrame) -> Table:
-    table = Table(Column("SAE", no_wrap=True, min_width=max(map(len, headlines["sae"]))), "level", "width", "L0", *headlines.columns[4:])
+    table = Table(
+        Column("SAE", no_wrap=True, min_width=max(map(len, headlines["sae"]))),
+        "level",
+        "width",
+        "L0",
+        *headlines.columns[4:],
+    )
     for row in headlines.itertuples(index=False):
         level = "" if pd.isna(row[1]) else str(row[1])
         l0 = "" if pd.isna(row[3]) else f"{row[3]:.1f}"

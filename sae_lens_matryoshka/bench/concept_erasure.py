@@ -55,11 +55,10 @@ class ConceptErasure(Evaluation[ScrAndTppEvalConfig]):
     """
 
     def __init__(self, config: ScrAndTppEvalConfig | None = None, data: Sequence[LabelledText] = ()) -> None:
-        self.data = {text.name: text for text in data}
         if config is None:
-            of_user = {"dataset_names": list(self.data)} if data else {}
+            of_user: dict[str, Any] = {"dataset_names": [text.name for text in data]} if data else {}
             config = ScrAndTppEvalConfig(perform_scr=False, **of_user)
-        super().__init__(config)
+        super().__init__(config, data)
         self.name = "scr" if config.perform_scr else "tpp"  # type: ignore[misc]
         self.output_type = ScrEvalOutput if config.perform_scr else TppEvalOutput
 

@@ -92,6 +92,7 @@ class Core(Evaluation[CoreEvalConfig]):
         key = source.key(
             "core tokens",
             dataset=config.dataset,
+            written=Path(config.dataset).stat().st_mtime_ns if Path(config.dataset).is_file() else None,
             context_size=config.context_size,
             prompts=config.batch_size_prompts,
             batches=[config.n_eval_reconstruction_batches, config.n_eval_sparsity_variance_batches],

@@ -126,7 +126,10 @@ class SAEView:
         norms = sae.W_dec.detach().norm(dim=-1)
         norms = torch.where(norms == 0, torch.ones_like(norms), norms)
         tolerance = 1e-2 if sae.dtype in (torch.bfloat16, torch.float16) else 1e-5
-        self.norms = None if torch.allclose(norms, torch.ones_like(norms), atol=tolerance) else norms
+        self._norms = None if torch.allclose(norms, torch.ones_like(norms), atol=tolerance) else norms
+        # SAEs that rescale activations by these norms have multiplied by them already
+        rescaled = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
+        self._scale = None if rescaled else self._norms
         self.cfg = copy.deepcopy(sae.cfg)
         metadata = self.cfg.metadata
         metadata.hook_name, metadata.hook_layer, metadata.model_name = hook.name, hook.layer, model_name
@@ -134,28 +137,31 @@ class SAEView:
             metadata.prepend_bos = True
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        feature_acts = self.sae.encode(x)
-        return feature_acts if self.norms is None else feature_acts * self.norms
+        return self.scaled(self.sae.encode(x))
 
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
-        return self.sae.decode(feature_acts if self.norms is None else feature_acts / self.norms)
+        return self.sae.decode(feature_acts if self._scale is None else feature_acts / self._scale)
+
+    def scaled(self, feature_acts: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        """Activations of the SAE's first latents as they are with unit-norm directions."""
+        return feature_acts if self._scale is None else feature_acts * self._scale[: feature_acts.shape[-1]]
 
     @cached_property
     def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
         W_dec = self.sae.W_dec.detach()
-        return W_dec if self.norms is None else W_dec / self.norms[:, None]
+        return W_dec if self._norms is None else W_dec / self._norms[:, None]
 
     @cached_property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
         W_enc = self.sae.W_enc.detach()
-        return W_enc if self.norms is None else W_enc * self.norms
+        return W_enc if self._norms is None else W_enc * self._norms
 
     @cached_property
     def b_enc(self) -> Float[Tensor, " d_sae"]:
         b_enc = getattr(self.sae, "b_enc", None)
         if b_enc is None:
             return torch.zeros_like(self.W_dec[:, 0])
-        return b_enc.detach() if self.norms is None else b_enc.detach() * self.norms
+        return b_enc.detach() if self._norms is None else b_enc.detach() * self._norms
 
     @property
     def dtype(self) -> torch.dtype:
@@ -201,9 +207,8 @@ class SharedEncoder:
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch n_columns"]:
         if self._levels_are_slices:
             return self.view.encode(x)
-        norms = self.view.norms
-        of_levels: list[Tensor] = self.view.sae.encode_levels(x)  # type: ignore[operator]
-        return torch.cat([acts if norms is None else acts * norms[: acts.shape[-1]] for acts in of_levels], dim=-1)
+        assert isinstance(self.view.sae, MatryoshkaSAE)
+        return torch.cat([self.view.scaled(acts) for acts in self.view.sae.encode_levels(x)], dim=-1)
 
     def of_level(self, encoded: Float[Tensor, "*batch n_columns"], level: int | None) -> Float[Tensor, "*batch width"]:
         """The latents of one level among what :meth:`encode` returns."""

@@ -16,7 +16,9 @@ from pydantic import TypeAdapter
 from tqdm.auto import tqdm
 
 from sae_lens_matryoshka.bench.activation_source import ActivationSource
+from sae_lens_matryoshka.bench.cache import content_hash
 from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView, grouped, hook_of, on_device
+from sae_lens_matryoshka.bench.labelled_text import LabelledText
 from sae_lens_matryoshka.bench.models import Model, load_model
 from sae_lens_matryoshka.bench.upstream import (
     BaseEvalConfig,
@@ -37,6 +39,9 @@ DEFAULT_LLM_BATCH_SIZE = 32
 PARAMETERS_HASH = "parameters_hash"
 """Where a result's ``sae_cfg_dict["metadata"]`` says which parameters were evaluated."""
 
+DATA_HASH = "data_hash"
+"""Where it says on which text of the user's own."""
+
 
 class Evaluation(ABC, Generic[Config]):
     """One of SAEBench's evaluations, for any number of SAEs and levels at once.
@@ -44,6 +49,7 @@ class Evaluation(ABC, Generic[Config]):
     Args:
         config: SAEBench's own config. Its ``llm_dtype``, and what it leaves open of ``model_name`` and
             ``llm_batch_size``, are filled in.
+        data: The user's own text, where the evaluation takes any.
     """
 
     name: ClassVar[str]
@@ -52,8 +58,9 @@ class Evaluation(ABC, Generic[Config]):
     output_type: type[Any]
     """SAEBench's output class."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, data: Sequence[LabelledText] = ()) -> None:
         self.config = config
+        self.data = {text.name: text for text in data}
         self.skipped: list[str] = []
         """What was left out, a sentence each."""
 
@@ -122,7 +129,11 @@ class Evaluation(ABC, Generic[Config]):
     def common_fields(self, sae: EvaluatedSAE, view: SAEView) -> dict[str, Any]:
         """What every one of SAEBench's outputs holds, whatever the evaluation."""
         sae_cfg_dict = view.cfg.to_dict()
-        sae_cfg_dict["metadata"] = {**sae_cfg_dict["metadata"], PARAMETERS_HASH: view.hash}
+        sae_cfg_dict["metadata"] = {
+            **sae_cfg_dict["metadata"],
+            PARAMETERS_HASH: view.hash,
+            DATA_HASH: self._data_hash(),
+        }
         return {
             "eval_config": self.config,
             "eval_id": get_eval_uuid(),
@@ -161,13 +172,20 @@ class Evaluation(ABC, Generic[Config]):
             for field, value in json.loads(json.dumps(dataclasses.asdict(config))).items()
             if existing["eval_config"].get(field) != value
         ]
-        if existing["sae_cfg_dict"]["metadata"].get(PARAMETERS_HASH) != SAEView(sae.cut_out, hook, source.name).hash:
+        metadata = existing["sae_cfg_dict"]["metadata"]
+        if metadata.get(PARAMETERS_HASH) != SAEView(sae.cut_out, hook, source.name).hash:
             differs.append("other parameters of the SAE")
+        if metadata.get(DATA_HASH) != self._data_hash():
+            differs.append("other text")
         if differs:
             raise UserError(
                 f"{path} was made with {'; '.join(differs)}. Choose another output, or replace it with force (--force)."
             )
         return True
+
+    def _data_hash(self) -> str | None:
+        """A name for the user's own text, among it what the config does not ask for."""
+        return content_hash([[name, text.train, text.test] for name, text in self.data.items()]) if self.data else None
 
     def config_for(self, sae: EvaluatedSAE) -> Config:
         """The config that an SAE is evaluated with, where it must differ for some."""

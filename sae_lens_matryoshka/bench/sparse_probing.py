@@ -46,9 +46,8 @@ class SparseProbing(Evaluation[SparseProbingEvalConfig]):
     output_type = SparseProbingEvalOutput
 
     def __init__(self, config: SparseProbingEvalConfig | None = None, data: Sequence[LabelledText] = ()) -> None:
-        self.data = {text.name: text for text in data}
-        default = SparseProbingEvalConfig(dataset_names=list(self.data)) if data else SparseProbingEvalConfig()
-        super().__init__(config or default)
+        of_user: dict[str, Any] = {"dataset_names": [text.name for text in data]} if data else {}
+        super().__init__(config or SparseProbingEvalConfig(**of_user), data)
 
     def evaluate(
         self, group: Sequence[EvaluatedSAE], hook: Hook, source: ActivationSource

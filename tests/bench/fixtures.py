@@ -12,7 +12,7 @@ import torch
 from sae_bench.evals.sparse_probing import main as sparse_probing_main
 from sae_lens.saes.sae import SAEMetadata
 
-from sae_lens_matryoshka import MatryoshkaSAE
+from sae_lens_matryoshka import MatryoshkaJumpReLUSAE
 from sae_lens_matryoshka.bench import upstream
 from sae_lens_matryoshka.bench.activation_source import ActivationSource
 from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE
@@ -49,7 +49,7 @@ def snippets(tinystories: Path) -> dict[str, list[str]]:
 
 
 @pytest.fixture
-def sae() -> MatryoshkaSAE:
+def sae() -> MatryoshkaJumpReLUSAE:
     """Latents that fire on some tokens and a decoder of unit norm, as SAEBench wants it."""
     sae = random_matryoshka_sae([16, 48, 128], d_in=64)
     sae.cfg.metadata = SAEMetadata(hook_name=HOOK, model_name="tinystories", prepend_bos=True, context_size=64)

@@ -1,10 +1,11 @@
 """The face of an SAE that SAEBench sees: unit norm, a hook, and the same reconstruction."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from sae_lens import StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
+from sae_lens import SAE, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 
 from sae_lens_matryoshka import MatryoshkaSAE
 from sae_lens_matryoshka.bench.evaluated_saes import (
@@ -29,7 +30,7 @@ def test_a_view_has_unit_norm_and_changes_nothing(matryoshka_sae: MatryoshkaSAE)
     torch.testing.assert_close(view.decode(acts), matryoshka_sae(x))
     torch.testing.assert_close(acts @ view.W_dec + matryoshka_sae.b_dec, matryoshka_sae(x))
     folded = copy.deepcopy(matryoshka_sae.at_level(-1))
-    folded.fold_W_dec_norm()
+    folded.fold_W_dec_norm()  # type: ignore[operator]
     torch.testing.assert_close(acts, folded.encode(x))
     torch.testing.assert_close(view.W_enc, folded.W_enc.detach())
     torch.testing.assert_close(view.b_enc, folded.b_enc.detach())
@@ -39,26 +40,32 @@ def test_a_view_has_unit_norm_and_changes_nothing(matryoshka_sae: MatryoshkaSAE)
     assert view.cfg.metadata.hook_layer == 2
 
 
-@pytest.mark.parametrize("kind", ["topk", "standard"])
+@pytest.mark.parametrize("kind", ["topk", "rescaled topk", "standard"])
 def test_any_sae_can_be_a_baseline(kind: str):
     """Folding norms would change which latents a TopK SAE chooses; a view does not."""
     torch.manual_seed(0)
-    sae = (
-        TopKSAE(TopKSAEConfig(6, 20, k=3, rescale_acts_by_decoder_norm=False))
-        if kind == "topk"
-        else StandardSAE(StandardSAEConfig(6, 20))
+    sae = _random(
+        StandardSAE(StandardSAEConfig(6, 20))
+        if kind == "standard"
+        else TopKSAE(TopKSAEConfig(6, 20, k=3, rescale_acts_by_decoder_norm=kind != "topk"))
     )
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.normal_()
     view, x = SAEView(sae, HOOK, "model"), torch.randn(50, 6)
-    torch.testing.assert_close(view.decode(view.encode(x)), sae(x))
-    assert view.encode(x).bool().equal(sae.encode(x).bool())
+    acts = view.encode(x)
+    torch.testing.assert_close(view.decode(acts), sae(x))
+    torch.testing.assert_close(acts @ view.W_dec + sae.b_dec, sae(x))
+    assert acts.bool().equal(sae.encode(x).bool())
 
 
-def test_a_shared_encoder_holds_every_level(matryoshka_sae: MatryoshkaSAE):
+@pytest.mark.parametrize("kind", ["jumprelu", "topk", "standard"])
+def test_a_shared_encoder_holds_every_level(kind: str, matryoshka_sae: MatryoshkaSAE):
+    """Levels of a TopK SAE choose among their own latents; those of the others are slices."""
+    if kind != "jumprelu":
+        cfg = TopKSAEConfig(6, 20, k=3) if kind == "topk" else StandardSAEConfig(6, 20)
+        plain = TopKSAE(cfg) if isinstance(cfg, TopKSAEConfig) else StandardSAE(cfg)
+        matryoshka_sae = MatryoshkaSAE.from_sae(_random(plain), [4, 8, 20])
     encoder, x = SharedEncoder(SAEView(matryoshka_sae, HOOK, "model")), torch.randn(50, 6)
     encoded = encoder.encode(x)
+    assert encoded.shape[-1] == (32 if kind == "topk" else 20)
     for evaluated in levels("ours", matryoshka_sae):
         alone = SAEView(evaluated.cut_out, HOOK, "model").encode(x)
         torch.testing.assert_close(encoder.of_level(encoded, evaluated.level), alone)
@@ -96,3 +103,10 @@ def test_a_hook_that_is_not_known_is_one_sentence(matryoshka_sae: MatryoshkaSAE)
         hook_of(matryoshka_sae)
     with pytest.raises(UserError, match=r"hook_name='model\.norm' is not a hook of a block"):
         hook_of(matryoshka_sae, "model.norm")
+
+
+def _random(sae: SAE[Any]) -> SAE[Any]:
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.normal_()
+    return sae
