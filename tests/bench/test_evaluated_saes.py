@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import SAE, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
+from sae_lens import SAE, JumpReLUSAE, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 
 from sae_lens_matryoshka import MatryoshkaSAE
 from sae_lens_matryoshka.bench.evaluated_saes import (
@@ -30,7 +30,8 @@ def test_a_view_has_unit_norm_and_changes_nothing(matryoshka_sae: MatryoshkaSAE)
     torch.testing.assert_close(view.decode(acts), matryoshka_sae(x))
     torch.testing.assert_close(acts @ view.W_dec + matryoshka_sae.b_dec, matryoshka_sae(x))
     folded = copy.deepcopy(matryoshka_sae.at_level(-1))
-    folded.fold_W_dec_norm()  # type: ignore[operator]
+    assert isinstance(folded, JumpReLUSAE)
+    folded.fold_W_dec_norm()
     torch.testing.assert_close(acts, folded.encode(x))
     torch.testing.assert_close(view.W_enc, folded.W_enc.detach())
     torch.testing.assert_close(view.b_enc, folded.b_enc.detach())
