@@ -86,9 +86,7 @@ def test_yaml_blocks_are_run_files():
 
 
 def test_the_local_tinystories_commands_run(tinystories: Path, tmp_path: Path):
-    train, inspect, push = (_commands()[index] for index in (2, 3, 7))
-    done = _run([argument.replace("$TINYSTORIES", str(tinystories)) for argument in train], tmp_path)
-    train, inspect, *_, evaluate = (
+    train, inspect, *_, push, evaluate = (
         [argument.replace("$TINYSTORIES", str(tinystories)) for argument in command] for command in _commands()[2:]
     )
     done = _run(train, tmp_path)
