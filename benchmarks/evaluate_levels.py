@@ -48,6 +48,8 @@ from sae_lens_matryoshka.bench.word_prompts import WordPrompts
 EVALUATIONS = ["sparse_probing", "tpp", "absorption"]
 HOOK = Hook("blocks.2.hook_resid_post", 2)
 DATA_SET = "LabHC/bias_in_bios_class_set1"  # SAEBench knows its five classes; the texts are ours
+N_TRAIN, N_TEST = 1000, 400
+CONTEXT_LENGTH = 128
 RULES = {
     "0": r'"',
     "1": r"(?is)^(?=.*\b(she|her)\b)(?=.*\b(he|his|him)\b)",
@@ -158,15 +160,20 @@ def saebench(evaluation: str, sae: MatryoshkaSAE, model: Any, texts: dict[str, l
 
 
 def config(evaluation: str) -> Any:
-    """SAEBench's defaults, with fewer and shorter texts, and for absorption with thresholds for a small model."""
-    sizes = {"dataset_names": [DATA_SET], "context_length": 64, "llm_batch_size": 64, "llm_dtype": "float32"}
+    """SAEBench's defaults with a quarter of the texts, and for absorption with thresholds for a small model."""
+    sizes = {
+        "dataset_names": [DATA_SET],
+        "context_length": CONTEXT_LENGTH,
+        "llm_batch_size": 64,
+        "llm_dtype": "float32",
+    }
     if evaluation == "sparse_probing":
         return upstream.SparseProbingEvalConfig(
-            probe_train_set_size=1000, probe_test_set_size=400, model_name="tinystories", **sizes
+            probe_train_set_size=N_TRAIN, probe_test_set_size=N_TEST, model_name="tinystories", **sizes
         )
     if evaluation == "tpp":
         return upstream.ScrAndTppEvalConfig(
-            perform_scr=False, train_set_size=1000, test_set_size=400, model_name="tinystories", **sizes
+            perform_scr=False, train_set_size=N_TRAIN, test_set_size=N_TEST, model_name="tinystories", **sizes
         )
     return upstream.AbsorptionEvalConfig(
         model_name="tinystories",
@@ -198,7 +205,7 @@ def snippets(path: Path) -> dict[str, list[str]]:
     by_class: dict[str, list[str]] = {label: [] for label in RULES}
     for line in path.read_text(encoding="utf-8").splitlines():
         sentences = re.split(r'(?<=[.!?"])\s+', json.loads(line)["text"].strip())
-        for start in range(0, len(sentences) - 2, 3):
+        for start in range(len(sentences) - 2):
             text = " ".join(sentences[start : start + 3])
             by_class[next(label for label, rule in RULES.items() if re.search(rule, text))].append(text)
     n = min(map(len, by_class.values()))
