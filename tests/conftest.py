@@ -1,12 +1,17 @@
 """Shared by all tests: no network, the TinyStories model and text, and a small Matryoshka SAE."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes test at once
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # as in a job in the background of a shell; child processes would ignore Ctrl-C too, which tests send them
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
