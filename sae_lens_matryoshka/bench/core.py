@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import IterableDataset
 from jaxtyping import Int
 from pydantic import TypeAdapter
 from sae_lens import ActivationsStore
@@ -20,7 +20,8 @@ from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView
 from sae_lens_matryoshka.bench.evaluation import Evaluation
 from sae_lens_matryoshka.bench.labelled_text import fetching
 from sae_lens_matryoshka.bench.upstream import CoreEvalConfig, CoreEvalOutput, core_main
-from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.data_files import READERS
+from sae_lens_matryoshka.training.data_set import open_text_file
 
 Tokens = Int[Tensor, "batches prompts context"]
 
@@ -39,7 +40,7 @@ class Core(Evaluation[CoreEvalConfig]):
 
     Args:
         config: SAEBench's config; None takes its defaults. Its output needs every metric, so all ``compute_*`` are on.
-            Its ``dataset`` is a name on the Hugging Face Hub, or the path of a local data set or of a JSONL file.
+            Its ``dataset`` is a name on the Hugging Face Hub, or the path of a local data set or of a file.
     """
 
     name = "core"
@@ -157,10 +158,5 @@ def _explained_variance(
     return calculator.compute()
 
 
-def _local_text(dataset: str) -> str | Dataset | IterableDataset:
-    path = Path(dataset)
-    if path.suffix != ".jsonl":
-        return dataset
-    if not path.is_file():
-        raise UserError(f"There is no file {path} for the core evaluation.")
-    return load_dataset("json", data_files=str(path), split="train", streaming=True)  # type: ignore[return-value]
+def _local_text(dataset: str) -> str | IterableDataset:
+    return open_text_file(dataset) if Path(dataset).suffix in READERS else dataset
