@@ -25,6 +25,7 @@ from typing_extensions import override
 from sae_lens_matryoshka.ops.latents import ActiveLatents, DenseLatents, lay_out, lay_out_dense
 from sae_lens_matryoshka.ops.nested_loss import NestedErrors, NestedObjective, nested_errors
 from sae_lens_matryoshka.ops.selection import Selection
+from sae_lens_matryoshka.saes.dtype_in_config import DtypeInConfig
 from sae_lens_matryoshka.saes.nested_training_config import NestedTrainingSAEConfig
 
 
@@ -80,7 +81,7 @@ class Encoding(NamedTuple):
     """SAELens's activations for its trainer, without gradient, perhaps sparse."""
 
 
-class NestedTrainingSAE(TrainingSAE[Any]):
+class NestedTrainingSAE(DtypeInConfig, TrainingSAE[Any]):
     """A Matryoshka SAE in training, whatever makes its latents sparse.
 
     Subclasses also inherit from the SAELens class of their one-level twin, after this one.
