@@ -229,7 +229,7 @@ class ConceptErasure(Evaluation[ScrAndTppEvalConfig]):
         per_class: dict[str, dict[str, Accuracies]],
     ) -> ScrEvalOutput | TppEvalOutput:
         mean = general_utils.average_results_dictionaries(results, [name.removesuffix("_results") for name in results])
-        fields: dict[str, Any] = {**self.common_fields(sae, view), "eval_config": self.config_for(sae)}
+        fields = self.common_fields(sae, view)
         if self._scr:
             return ScrEvalOutput(
                 **fields,

@@ -135,7 +135,7 @@ class Evaluation(ABC, Generic[Config]):
             DATA_HASH: self._data_hash(),
         }
         return {
-            "eval_config": self.config,
+            "eval_config": self.config_for(sae),
             "eval_id": get_eval_uuid(),
             "datetime_epoch_millis": int(time.time() * 1000),
             "sae_bench_commit_hash": sae_bench_version(),
