@@ -43,6 +43,7 @@ from sae_lens_matryoshka.saes.matryoshka_sae_kinds import KINDS
 from sae_lens_matryoshka.saes.nested_training_sae import NestedTrainingSAE
 from sae_lens_matryoshka.synthetic_benchmark import SyntheticScores, plot_scores, score_on_synthetic_model
 from sae_lens_matryoshka.training.checkpointer import Checkpointer, CheckpointOptions
+from sae_lens_matryoshka.training.fused_adam import fuse_adam
 from sae_lens_matryoshka.training.resumable_store import make_resumable
 from sae_lens_matryoshka.training.run_folder import checkpoint_folder
 from sae_lens_matryoshka.training.start_checks import check_d_in, loading_errors
@@ -304,12 +305,6 @@ def _record_output_path(staging: Path, output: Path) -> None:
             written = Path(runner_cfg["output_path"])
             runner_cfg["output_path"] = str(output / written.relative_to(staging))
             path.write_text(json.dumps(runner_cfg, indent=2), encoding="utf-8")
-
-
-def fuse_adam(trainer: SAETrainer[Any, Any]) -> None:
-    """Let torch update each parameter in one pass instead of ten; the same numbers (benchmarks/README.md)."""
-    for group in trainer.optimizer.param_groups:
-        group["fused"] = True
 
 
 @contextmanager
