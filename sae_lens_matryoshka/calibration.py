@@ -74,11 +74,10 @@ def calibrate_threshold(
         for batch in activations:
             x = sae.process_sae_in(batch.to(sae.device)).reshape(-1, sae.cfg.d_in)[: n_samples - n_seen]
             for hidden_pre, threshold in _compared(sae, x):
-                if not hidden_pre.isfinite().all():
+                if not torch.stack(hidden_pre.aminmax()).isfinite().all():
                     raise ValueError(f"The activations after sample {n_seen} give pre-activations that are not finite.")
-                margins = (hidden_pre.float() - threshold.float())[hidden_pre > 0]
-                n_fired += int((margins > 0).sum())
-                largest.add(margins)
+                n_fired += int((hidden_pre > threshold.clamp(min=0)).sum())
+                largest.add(_margins_above(largest.smallest_kept, hidden_pre, threshold))
             n_seen += x.shape[0]
             progress.update(x.shape[0])
             if n_seen >= n_samples:
@@ -125,16 +124,29 @@ class _LargestValues:
 
 def _compared(
     sae: BatchTopKTrainingSAE | JumpReLUSAE, x: Float[Tensor, "batch d_in"]
-) -> Iterator[tuple[Float[Tensor, "batch chunk"], Float[Tensor, "*chunk"]]]:
+) -> Iterator[tuple[Float[Tensor, "batch chunk"], Float[Tensor, " chunk"]]]:
     """What is compared with what for a latent to fire, a chunk of columns at a time.
 
     All columns at once would take some 25 bytes a latent a sample: more than training does.
     """
-    threshold = (sae.topk_threshold if isinstance(sae, BatchTopKTrainingSAE) else sae.threshold).expand(sae.cfg.d_sae)
+    threshold = sae.topk_threshold if isinstance(sae, BatchTopKTrainingSAE) else sae.threshold
+    threshold = threshold.float().expand(sae.cfg.d_sae)
     rescale = isinstance(sae, BatchTopKTrainingSAE) and sae.cfg.rescale_acts_by_decoder_norm
-    scale = sae.W_dec.norm(dim=-1) if rescale else torch.ones_like(sae.b_enc)
+    scale = sae.W_dec.norm(dim=-1) if rescale else None
     for columns, product in column_products(x, sae.W_enc):
-        yield (product + sae.b_enc[columns]) * scale[columns], threshold[columns]
+        hidden_pre = product.add_(sae.b_enc[columns])
+        if scale is not None:
+            hidden_pre *= scale[columns]
+        yield hidden_pre, threshold[columns]
+
+
+def _margins_above(
+    least: float, hidden_pre: Float[Tensor, "batch chunk"], threshold: Float[Tensor, " chunk"]
+) -> Float[Tensor, " any"]:
+    """How far positive pre-activations lie above their threshold, where that is more than ``least``, or hardly less."""
+    floor = (threshold + least - 1e-6 * (threshold + least).abs()).nan_to_num(nan=-torch.inf).clamp(min=0)
+    found = (hidden_pre > floor).flatten().nonzero().squeeze(1)
+    return hidden_pre.flatten()[found].float() - threshold[found % hidden_pre.shape[1]]
 
 
 def _target_l0(sae: BatchTopKTrainingSAE | JumpReLUSAE, target_l0: float | None) -> float:
