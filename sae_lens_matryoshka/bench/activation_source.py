@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from sae_lens_matryoshka.bench.cache import Cache, Entry, content_hash, module_hash
+from sae_lens_matryoshka.bench.cache import Cache, Entry
 from sae_lens_matryoshka.bench.evaluated_saes import Hook, SAEView, SharedEncoder
+from sae_lens_matryoshka.bench.fingerprints import content_hash, model_hash, package_versions, tokenizer_hash
 from sae_lens_matryoshka.bench.labelled_text import Texts
 from sae_lens_matryoshka.bench.models import Model, model_name_of
 from sae_lens_matryoshka.bench.texts_alone import activations_alone, is_special, text_tokens
@@ -136,7 +137,12 @@ class ActivationSource:
         self.model = model
         self.cache = cache if cache is not None else Cache()
         self.name = model_name_of(model)
-        self.hash = module_hash(model)
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Name the model anew, which may have been changed since; done at the start of every evaluation."""
+        self.model_hash = model_hash(self.model)
+        self.tokenizer_hash = tokenizer_hash(self.model.tokenizer)
 
     @property
     def device(self) -> torch.device:
@@ -148,7 +154,8 @@ class ActivationSource:
 
     def key(self, kind: str, **parts: Any) -> dict[str, Any]:
         """A cache key for something made with this model."""
-        return {"kind": kind, "model": self.hash, "model_name": self.name, **parts}
+        made_with = {"model": self.model_hash, "tokenizer": self.tokenizer_hash, "device": self.device.type}
+        return {"kind": kind, **made_with, "packages": package_versions(), **parts}
 
     def of_text(self, spec: TextSpec) -> Split[TextActivations]:
         """Activations at the hook by class, each text's as the model gives it that text alone.

@@ -19,6 +19,7 @@ from sae_lens_matryoshka.bench.activation_source import ActivationSource
 from sae_lens_matryoshka.bench.cache import Entry
 from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView
 from sae_lens_matryoshka.bench.evaluation import Evaluation
+from sae_lens_matryoshka.bench.fingerprints import path_hash
 from sae_lens_matryoshka.bench.labelled_text import fetching
 from sae_lens_matryoshka.bench.upstream import CoreEvalConfig, CoreEvalOutput, core_main
 from sae_lens_matryoshka.errors import UserError
@@ -59,6 +60,14 @@ class Core(Evaluation[CoreEvalConfig]):
         if not self.follow_training or not sae.sae.cfg.metadata.exclude_special_tokens:
             return self.config
         return dataclasses.replace(self.config, exclude_special_tokens_from_reconstruction=True)
+
+    def text_hash(self) -> str | None:
+        """A name for the contents of local text; None for a data set on the Hub, which its name stands for."""
+        path = Path(self.config.dataset)
+        return path_hash(path) if path.exists() else None
+
+    def inputs(self) -> dict[str, Any]:
+        return {**super().inputs(), "text": self.text_hash()}
 
     def evaluate(
         self, group: Sequence[EvaluatedSAE], hook: Hook, source: ActivationSource
@@ -102,7 +111,7 @@ class Core(Evaluation[CoreEvalConfig]):
         key = source.key(
             "core tokens",
             dataset=config.dataset,
-            written=Path(config.dataset).stat().st_mtime_ns if Path(config.dataset).is_file() else None,
+            text=self.text_hash(),
             context_size=config.context_size,
             prompts=config.batch_size_prompts,
             batches=[config.n_eval_reconstruction_batches, config.n_eval_sparsity_variance_batches],

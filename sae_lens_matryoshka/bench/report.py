@@ -1,6 +1,6 @@
 """Running several evaluations and writing what they found: result files, one table, figures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,7 @@ class Report:
     """The folder with SAEBench's result files, ``results.csv`` and the figures."""
 
     results: pd.DataFrame
-    """As :func:`load_results` gives them; empty if nothing could be evaluated."""
+    """As :func:`load_results` gives them, without evaluations that could not be run; empty if none could."""
 
     failures: dict[str, str] = field(default_factory=dict)
     """Evaluation -> why it could not be run, in one sentence."""
@@ -72,9 +72,25 @@ def evaluate(
             tqdm.write(f"{evaluation.name} could not be run: {error}")
     skipped = [sentence for evaluation in evaluations for sentence in evaluation.skipped]
     try:
-        results = load_results(output)
+        results = load_results(output, skipped.append)
     except UserError:
         return Report(output, pd.DataFrame(), failures, skipped)
+    results = _without_refused(results, evaluations, failures)
+    if results.empty:
+        return Report(output, results, failures, skipped)
     results.to_csv(output / RESULTS_FILENAME, index=False)
     plot_results(results, output)
     return Report(output, results, failures, skipped)
+
+
+def _without_refused(
+    results: pd.DataFrame, evaluations: Sequence[Evaluation], failures: Mapping[str, str]
+) -> pd.DataFrame:
+    """Results without those of failed evaluations that lay there before: they were made from something else."""
+    done = {(e.name, sae.name, sae.level) for e in evaluations for sae in e.done}
+    keys = zip(results["evaluation"], results["sae"], results["level"], strict=True)
+    kept = [
+        evaluation not in failures or (evaluation, sae, None if pd.isna(level) else int(level)) in done
+        for evaluation, sae, level in keys
+    ]
+    return results.loc[kept].reset_index(drop=True)
