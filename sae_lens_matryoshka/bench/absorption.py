@@ -230,13 +230,18 @@ class Absorption(Evaluation[AbsorptionEvalConfig]):
                     mean_absorption_fraction_score=statistics.mean(fractions),
                     mean_full_absorption_score=statistics.mean(rates),
                     mean_num_split_features=statistics.mean(splits),
-                    std_dev_absorption_fraction_score=statistics.stdev(fractions),
-                    std_dev_full_absorption_score=statistics.stdev(rates),
-                    std_dev_num_split_features=statistics.stdev(splits),
+                    std_dev_absorption_fraction_score=_deviation(fractions),
+                    std_dev_full_absorption_score=_deviation(rates),
+                    std_dev_num_split_features=_deviation(splits),
                 )
             ),
             eval_result_details=details,
         )
+
+
+def _deviation(values: list[float]) -> float:
+    """The standard deviation over letters; SAEBench's schema wants a number for a single one too."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 @dataclass(frozen=True)

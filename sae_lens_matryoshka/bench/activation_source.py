@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from sae_lens_matryoshka.bench.cache import Cache, Entry
-from sae_lens_matryoshka.bench.evaluated_saes import Hook, SAEView, SharedEncoder
+from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView, SharedEncoder
 from sae_lens_matryoshka.bench.fingerprints import content_hash, model_hash, package_versions, tokenizer_hash
 from sae_lens_matryoshka.bench.labelled_text import Texts
 from sae_lens_matryoshka.bench.models import Model, model_name_of
@@ -143,6 +143,34 @@ class ActivationSource:
         """Name the model anew, which may have been changed since; done at the start of every evaluation."""
         self.model_hash = model_hash(self.model)
         self.tokenizer_hash = tokenizer_hash(self.model.tokenizer)
+
+    def check_hook(self, hook: Hook, sae: EvaluatedSAE) -> None:
+        """Refuse a hook that the model has not, or whose activations are not what the SAE takes.
+
+        Args:
+            hook: The hook.
+            sae: An SAE to be evaluated there.
+
+        Raises:
+            UserError: If there is no such hook, or its activations have another width, or one more dimension for heads.
+        """
+        token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+        n_layers = self.model.cfg.n_layers
+        with torch.no_grad():
+            _, cache = self.model.run_with_cache(
+                token, names_filter=[hook.name], stop_at_layer=min(hook.layer + 1, n_layers)
+            )
+        if hook.name not in cache:
+            raise UserError(
+                f"hook_name={hook.name!r} is no hook of {self.name}, whose layers are 0 to {n_layers - 1}; name one "
+                f"as blocks.{min(hook.layer, n_layers - 1)}.hook_resid_post."
+            )
+        shape = list(cache[hook.name].shape[2:])
+        if shape != [sae.sae.cfg.d_in]:
+            raise UserError(
+                f"hook_name={hook.name!r} has activations of shape {shape} a token, but {sae} takes d_in="
+                f"{sae.sae.cfg.d_in}; evaluations run on hooks with one vector a token, as hook_resid_post."
+            )
 
     @property
     def device(self) -> torch.device:

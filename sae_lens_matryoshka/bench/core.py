@@ -3,6 +3,7 @@
 import dataclasses
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,8 @@ class Core(Evaluation[CoreEvalConfig]):
         config = self.config
 
         def compute() -> Entry:
-            with fetching(config.dataset):
+            n_tokens = config.batch_size_prompts * config.context_size
+            with fetching(config.dataset), _too_short(config.dataset, n_tokens):
                 store = ActivationsStore.from_sae(
                     source.model,  # type: ignore[arg-type]
                     view,  # type: ignore[arg-type]
@@ -140,6 +142,18 @@ class Core(Evaluation[CoreEvalConfig]):
             **self.common_fields(sae, view),
             eval_result_unstructured={EXPLAINED_VARIANCE: explained_variance},
         )
+
+
+@contextmanager
+def _too_short(dataset: str, n_tokens: int) -> Iterator[None]:
+    """Turn a text that ends before a batch is full, even read again and again, into one sentence."""
+    try:
+        yield
+    except StopIteration:
+        raise UserError(
+            f"The text {dataset!r} has no row as long as the context of the core evaluation, or none at all: it takes "
+            f"{n_tokens} tokens a batch; give more text, or lower core.context_size and core.batch_size_prompts."
+        ) from None
 
 
 class _RecordedTokens:

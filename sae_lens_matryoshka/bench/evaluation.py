@@ -99,6 +99,8 @@ class Evaluation(ABC, Generic[Config]):
         with tqdm(total=len(saes), desc=self.name) as progress:
             for group in groups:
                 hook = hook_of(group[0].sae, hook_name)
+                if self.reads_model:
+                    source.check_hook(hook, group[0])
                 made_from = {id(sae): self._made_from(sae, hook, source) for sae in group}
                 unfinished = [
                     sae for sae in group if force or not self._finished(paths[id(sae)], sae, made_from[id(sae)])

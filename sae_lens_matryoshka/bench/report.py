@@ -1,5 +1,7 @@
 """Running several evaluations and writing what they found: result files, one table, figures."""
 
+import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +16,7 @@ from sae_lens_matryoshka.bench.evaluation import Evaluation
 from sae_lens_matryoshka.bench.figures import plot_results
 from sae_lens_matryoshka.bench.models import Model, load_model
 from sae_lens_matryoshka.bench.results import load_results
-from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.errors import REPORT_BUG, UserError
 
 RESULTS_FILENAME = "results.csv"
 
@@ -47,7 +49,8 @@ def evaluate(
 ) -> Report:
     """Run evaluations over the same SAEs, sharing the model's activations, and write everything.
 
-    An evaluation that cannot be run, such as for data that cannot be fetched, is reported; the others still run.
+    An evaluation that cannot be run, such as for data that cannot be fetched, or that fails, is reported; the others
+    still run.
 
     Args:
         saes: What to evaluate; see :func:`levels`.
@@ -70,6 +73,9 @@ def evaluate(
         except UserError as error:
             failures[evaluation.name] = str(error)
             tqdm.write(f"{evaluation.name} could not be run: {error}")
+        except Exception as error:  # the others run all the same
+            failures[evaluation.name] = f"{type(error).__name__}: {error}. {REPORT_BUG}"
+            tqdm.write(traceback.format_exc(), file=sys.stderr)
     skipped = [sentence for evaluation in evaluations for sentence in evaluation.skipped]
     try:
         results = load_results(output, skipped.append)

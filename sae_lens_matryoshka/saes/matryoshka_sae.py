@@ -24,6 +24,7 @@ from sae_lens_matryoshka.loading.checks import check_parameters, check_saved_sae
 from sae_lens_matryoshka.loading.hub_errors import hub_errors
 from sae_lens_matryoshka.loading.known_releases import known_widths
 from sae_lens_matryoshka.loading.published import published_sae_loader
+from sae_lens_matryoshka.saes.copying import CopyableSAE
 
 
 @dataclass
@@ -41,7 +42,7 @@ class MatryoshkaSAEConfig(SAEConfig):
         super().__post_init__()
 
 
-class MatryoshkaSAE(SAE[Any]):
+class MatryoshkaSAE(CopyableSAE):
     """An SAE with levels. Wherever SAELens takes an SAE it takes this one, as the full level.
 
     Made by :meth:`load_from_disk`, :meth:`from_pretrained` and :meth:`from_sae`, which return the subclass for the

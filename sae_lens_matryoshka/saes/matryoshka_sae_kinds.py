@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 from sae_lens.saes.topk_sae import TopK
 from torch import Tensor
 from typing_extensions import override
 
+from sae_lens_matryoshka.saes.copying import CopyableSAE
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig
 
 
-class _SharedStorageSAE(SAE[Any]):
+class _SharedStorageSAE(CopyableSAE):
     """A level cut out of a Matryoshka SAE: a plain SAE on views of that SAE's parameters."""
 
     @override

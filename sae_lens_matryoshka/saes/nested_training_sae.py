@@ -25,6 +25,7 @@ from typing_extensions import override
 from sae_lens_matryoshka.ops.latents import ActiveLatents, DenseLatents, lay_out, lay_out_dense
 from sae_lens_matryoshka.ops.nested_loss import NestedErrors, NestedObjective, nested_errors
 from sae_lens_matryoshka.ops.selection import Selection
+from sae_lens_matryoshka.saes.copying import CopyableSAE
 from sae_lens_matryoshka.saes.nested_training_config import NestedTrainingSAEConfig
 from sae_lens_matryoshka.saes.training_statistics import KeepsTrainingStatistics
 
@@ -81,7 +82,7 @@ class Encoding(NamedTuple):
     """SAELens's activations for its trainer, without gradient, perhaps sparse."""
 
 
-class NestedTrainingSAE(KeepsTrainingStatistics, TrainingSAE[Any]):
+class NestedTrainingSAE(KeepsTrainingStatistics, CopyableSAE, TrainingSAE[Any]):
     """A Matryoshka SAE in training, whatever makes its latents sparse.
 
     Subclasses also inherit from the SAELens class of their one-level twin, after this one.
@@ -99,7 +100,6 @@ class NestedTrainingSAE(KeepsTrainingStatistics, TrainingSAE[Any]):
         self.W_enc.data = _by_column(self.W_enc.data)
         if cfg.order_latents_by_contribution:
             self._register_statistic("latent_contribution", torch.zeros(cfg.d_sae, dtype=torch.float32))
-        self._keep_activation_statistics()
 
     @property
     def training_path(self) -> TrainingPath:
@@ -331,12 +331,14 @@ class NestedTrainingSAE(KeepsTrainingStatistics, TrainingSAE[Any]):
         super().process_state_dict_for_loading(state_dict)
         state_dict["W_enc"] = _by_column(state_dict["W_enc"])
 
-    def _keep_activation_statistics(self) -> None:
+    @override
+    def _setup_activation_normalization(self) -> None:
         """Undo a sample's normalization as often as there are levels.
 
         SAELens deletes the statistics as it undoes the normalization for the first time, so that its Matryoshka class
         fails on its first step with ``layer_norm`` and ``constant_norm_rescale``.
         """
+        super()._setup_activation_normalization()
         undo_once = self.run_time_activation_norm_fn_out
 
         def undo(x: Tensor) -> Tensor:
