@@ -43,8 +43,9 @@ from sae_lens_matryoshka.saes.matryoshka_sae_kinds import KINDS
 from sae_lens_matryoshka.saes.nested_training_sae import NestedTrainingSAE
 from sae_lens_matryoshka.synthetic_benchmark import SyntheticScores, plot_scores, score_on_synthetic_model
 from sae_lens_matryoshka.training.checkpointer import Checkpointer, CheckpointOptions
+from sae_lens_matryoshka.training.data_set import open_data_set
 from sae_lens_matryoshka.training.fused_adam import fuse_adam
-from sae_lens_matryoshka.training.resumable_store import make_resumable
+from sae_lens_matryoshka.training.resumable_store import take_over_store
 from sae_lens_matryoshka.training.run_folder import checkpoint_folder
 from sae_lens_matryoshka.training.start_checks import check_d_in, loading_errors
 from sae_lens_matryoshka.training.wandb_run import start_wandb
@@ -142,11 +143,10 @@ class CalibratingLanguageModelRunner(LanguageModelSAETrainingRunner):
     def __init__(
         self, cfg: LanguageModelSAERunnerConfig[Any], calibration_samples: int, checkpointing: CheckpointOptions
     ) -> None:
-        super().__init__(cfg)
+        super().__init__(cfg, override_dataset=open_data_set(cfg))
         self.calibration_samples = calibration_samples
         self.checkpointing = checkpointing
-        if checkpointing.exact:
-            make_resumable(self, checkpointing.max_buffer_bytes)
+        take_over_store(self, checkpointing.exact, checkpointing.max_buffer_bytes)
 
     @override
     def run(self) -> Any:
@@ -168,12 +168,11 @@ class CalibratingMultiSAERunner(MultiSAETrainingRunner):
     def __init__(
         self, cfg: MultiSAETrainingRunnerConfig, calibration_samples: int, checkpointing: CheckpointOptions
     ) -> None:
-        super().__init__(cfg)
+        super().__init__(cfg, override_dataset=open_data_set(cfg))
         self.calibration_samples = calibration_samples
         self.checkpointing = checkpointing
         self.calibrations: dict[str, ThresholdCalibration | None] = {}
-        if checkpointing.exact:
-            make_resumable(self, checkpointing.max_buffer_bytes)
+        take_over_store(self, checkpointing.exact, checkpointing.max_buffer_bytes)
 
     @override
     def run(self) -> dict[str, TrainingSAE[Any]]:

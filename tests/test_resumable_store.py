@@ -17,8 +17,12 @@ from sae_lens import ActivationsStore
 from sae_lens.load_model import load_model
 from torch import Tensor
 
+from sae_lens_matryoshka.config_files import build_runner_configs
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.training.checked_store import CheckedActivationsStore
+from sae_lens_matryoshka.training.data_set import open_data_set
 from sae_lens_matryoshka.training.resumable_store import ResumableActivationsStore
+from tests.tiny_runs import tiny_run
 
 HOOKS = ["model.layers.1", "model.layers.2"]
 SETTINGS: dict[str, Any] = {
@@ -146,6 +150,13 @@ def _tokenized_store(model: Any, rows: Path) -> ActivationsStore:
     return _store(model, Dataset.from_dict({"tokens": tokens.tolist()}))
 
 
+def _file_store(model: Any, rows: Path) -> ActivationsStore:
+    """The stream that a run reads where its data set is a folder of files."""
+    run = tiny_run(rows.parent, None, dataset_path=str(rows), streaming=True)
+    cfg: Any = build_runner_configs({**run, "model_name": "any"})
+    return _store(model, open_data_set(cfg))
+
+
 def _cached_store(model: Any, rows: Path) -> ActivationsStore:
     path = rows.parent / "cached"
     if not path.exists():
@@ -165,10 +176,11 @@ def _cached_store(model: Any, rows: Path) -> ActivationsStore:
         _text_store(True, disable_concat_sequences=True, context_size=16),
         _text_store(False, activations_mixing_fraction=0.0),
         _text_store(False, exclude_special_tokens=torch.tensor([1, 2])),
-        pytest.param(_tokenized_store, marks=NEEDS_TORCH_FORMAT),
+        _tokenized_store,
+        _file_store,
         pytest.param(_cached_store, marks=NEEDS_TORCH_FORMAT),
     ],
-    ids=["map", "stream", "stream-no-concat", "unmixed", "special-tokens", "tokenized", "cached"],
+    ids=["map", "stream", "stream-no-concat", "unmixed", "special-tokens", "tokenized", "files", "cached"],
 )
 def test_after_a_checkpoint_the_same_batches_come(
     model: Any, rows: Path, tmp_path: Path, make: Callable[[Any, Path], ActivationsStore], n_before: int
@@ -282,6 +294,26 @@ def test_activations_that_are_not_finite_are_one_sentence(model: Any, rows: Path
     finally:
         with torch.no_grad():
             parameter.copy_(original)
+
+
+@pytest.mark.parametrize("kind", [CheckedActivationsStore, ResumableActivationsStore])
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": [*["Once upon a time, " * 9] * 20, None]}, "Row 21 of the data set holds null"),
+        ({"tokens": [*[[5] * 24] * 20, [5] * 23]}, "Row 21 of the data set has 23 tokens, fewer than context_size=24"),
+        ({"tokens": [*[[5] * 24] * 20, [600] * 24]}, "Row 21 .* the token id 600, but .* embeddings for 512 tokens"),
+    ],
+    ids=["null", "short", "outside"],
+)
+def test_a_row_that_only_reading_shows_to_be_unusable_is_named(
+    model: Any, columns: dict[str, list[Any]], message: str, streaming: bool, kind: type[CheckedActivationsStore]
+):
+    dataset = Dataset.from_dict(columns)
+    store = kind.take_over(_store(model, dataset.to_iterable_dataset() if streaming else dataset))
+    with pytest.raises(UserError, match=message):
+        list(islice(store, 30))
 
 
 def test_positions_are_json_and_small(model: Any, rows: Path, tmp_path: Path):

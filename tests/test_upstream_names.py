@@ -32,6 +32,12 @@ def test_the_store_reads_rows_sequences_and_activations_through_the_methods_that
         assert list(inspect.signature(getattr(ActivationsStore, name)).parameters) == ["self"]
     assert "self._iterate_raw_dataset()" in inspect.getsource(ActivationsStore._iterate_raw_dataset_tokens)
     assert "self._iterate_raw_dataset()" in inspect.getsource(ActivationsStore._iterate_tokenized_sequences)
+    for batches, batch in (
+        ("_iterate_filtered_activations", "get_filtered_llm_batch"),
+        ("_iterate_filtered_multi_hook_activations", "_get_filtered_multi_hook_llm_batch"),
+    ):
+        assert list(inspect.signature(getattr(ActivationsStore, batch)).parameters) == ["self", "raise_on_epoch_end"]
+        assert f"self.{batch}(raise_on_epoch_end=True)" in inspect.getsource(getattr(ActivationsStore, batches))
     epoch_end = inspect.getsource(ActivationsStore.get_batch_tokens)
     assert "self.iterable_sequences = self._iterate_tokenized_sequences()" in epoch_end
     assert "self._dataloader = self.get_data_loader()" in inspect.getsource(ActivationsStore.__next__)

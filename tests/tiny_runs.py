@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
-from torch import equal
+from torch import Tensor, equal
+
+from sae_lens_matryoshka.runner import train
+from sae_lens_matryoshka.training.checkpointer import CheckpointOptions
 
 
 def tiny_run(tinystories: Path, checkpoint_path: Path | None, **changes: Any) -> dict[str, Any]:
@@ -87,3 +91,23 @@ def assert_same_saes(first: Path, second: Path) -> None:
         assert json.loads(path.read_text()) == json.loads((second / path.relative_to(first)).read_text())
     for path in first.rglob("levels.csv"):
         assert path.read_text() == (second / path.relative_to(first)).read_text()
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def trained_weights(run: dict[str, Any], output: Path, exact: bool = True) -> dict[str, Tensor]:
+    """What a dozen steps of a run make of its SAEs, by the file that holds them."""
+    samples: Any = {"calibration_samples": 300, "measure_samples": 300, "checkpointing": CheckpointOptions(exact=exact)}
+    folder = train({**run, "training_tokens": 12 * 128}, output=output, **samples).output
+    return {
+        str(path.relative_to(folder)): torch.cat([tensor.flatten() for tensor in load_file(path).values()])
+        for path in folder.rglob("sae_weights.safetensors")
+    }
+
+
+def assert_equal_weights(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert ours.keys() == expected.keys()
+    assert all(ours[name].equal(weights) for name, weights in expected.items())

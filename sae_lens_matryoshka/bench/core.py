@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import IterableDataset
 from jaxtyping import Int
 from pydantic import TypeAdapter
 from sae_lens import SAE, ActivationsStore
@@ -23,7 +23,9 @@ from sae_lens_matryoshka.bench.evaluation import Evaluation
 from sae_lens_matryoshka.bench.fingerprints import path_hash
 from sae_lens_matryoshka.bench.labelled_text import fetching
 from sae_lens_matryoshka.bench.upstream import CoreEvalConfig, CoreEvalOutput, core_main
+from sae_lens_matryoshka.data_files import READERS
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.training.data_set import open_text_file
 
 Tokens = Int[Tensor, "batches prompts context"]
 
@@ -42,7 +44,7 @@ class Core(Evaluation[CoreEvalConfig]):
 
     Args:
         config: SAEBench's config; None takes its defaults. Its output needs every metric, so all ``compute_*`` are on.
-            Its ``dataset`` is a name on the Hugging Face Hub, or the path of a local data set or of a JSONL file.
+            Its ``dataset`` is a name on the Hugging Face Hub, or the path of a local data set or of a file.
         follow_training: Whether an SAE that was trained without special tokens (``exclude_special_tokens``) does not
             reconstruct them here either, whatever the config's ``exclude_special_tokens_from_reconstruction`` says.
             SAEBench does what its config says, which by default lets such an SAE replace activations it never saw.
@@ -100,7 +102,6 @@ class Core(Evaluation[CoreEvalConfig]):
                     view,  # type: ignore[arg-type]
                     context_size=config.context_size,
                     dataset=_local_text(config.dataset),  # type: ignore[arg-type]
-                    dataset_trust_remote_code=True,
                 )
                 store.shuffle_input_dataset(seed=SHUFFLE_SEED)
                 drawn: list[Tensor] = []
@@ -197,10 +198,5 @@ def _explained_variance(
     return calculator.compute()
 
 
-def _local_text(dataset: str) -> str | Dataset | IterableDataset:
-    path = Path(dataset)
-    if path.suffix != ".jsonl":
-        return dataset
-    if not path.is_file():
-        raise UserError(f"There is no file {path} for the core evaluation.")
-    return load_dataset("json", data_files=str(path), split="train", streaming=True)  # type: ignore[return-value]
+def _local_text(dataset: str) -> str | IterableDataset:
+    return open_text_file(dataset) if Path(dataset).suffix in READERS else dataset

@@ -11,6 +11,7 @@ import pandas as pd
 from requests import RequestException
 
 from sae_lens_matryoshka.bench.upstream import dataset_info, dataset_utils
+from sae_lens_matryoshka.data_files import check_text, read_rows, shown
 from sae_lens_matryoshka.errors import UserError
 
 Texts = dict[str, list[str]]
@@ -43,9 +44,10 @@ class LabelledText:
             )
         for split in (self.train, self.test):
             for label, texts in split.items():
-                in_class = texts.values() if isinstance(texts, Mapping) else [texts]
-                if any(not text.strip() for part in in_class for text in part):
-                    raise UserError(f"Data set {self.name!r} has an empty text in class {label!r}; remove it.")
+                for second, in_class in texts.items() if isinstance(texts, Mapping) else [("", texts)]:
+                    if not isinstance(label, str) or not isinstance(second, str):
+                        raise UserError(f"Data set {self.name!r}: classes {label!r}, {second!r} must be strings.")
+                    _check_texts(in_class, f"class {label!r} of data set {self.name!r}")
 
     @property
     def classes(self) -> list[str]:
@@ -68,28 +70,40 @@ class LabelledText:
         test_fraction: float = 0.2,
         seed: int = 42,
     ) -> "LabelledText":
-        """Read a JSONL, CSV or Parquet file with a row a text.
+        """Read a JSONL, CSV or Parquet file with a row a text. Values are taken as they stand; see :func:`read_rows`.
 
         Args:
             path: The file; its ending says what it is.
             name: The name of the data set; None takes the file's.
             text_column: The column of the texts.
-            label_column: The column of the classes.
+            label_column: The column of the classes: texts, or whole numbers, which become their decimal text.
             second_label_column: The column of a second label with two classes, which SCR needs. It may be missing.
             split_column: The column that says ``train`` or ``test``. Where it is missing, rows are split at random.
             test_fraction: The part of each class that is for testing where no column says.
             seed: The seed of that split.
 
         Raises:
-            UserError: If the file or a column is missing or the file cannot be read.
+            UserError: If the file or a column is missing, the file cannot be read, or a row lacks a value or has one
+                that is not of its kind; the sentence names the row.
         """
         path = Path(path)
-        rows: Any = _read_table(path)
+        if not 0 < test_fraction < 1:
+            raise UserError(f"test_fraction={test_fraction} must lie between 0 and 1.")
+        numbered = list(read_rows(path))
+        columns = dict.fromkeys(column for _, row in numbered for column in row)
         for column in (text_column, label_column):
-            if column not in rows:
-                raise UserError(f"{path} has no column {column!r}, only {', '.join(map(str, rows.columns))}.")
+            if column not in columns:
+                raise UserError(f"{path} has no column {column!r}, only {', '.join(columns)}.")
+        readers = {text_column: _text, label_column: _label, second_label_column: _label, split_column: _split}
+        rows: Any = pd.DataFrame(
+            {
+                column: [read(row.get(column), f"Row {number} of {path}", column) for number, row in numbered]
+                for column, read in readers.items()
+                if column in columns
+            },
+            dtype=object,
+        )
         labels = [label_column, second_label_column] if second_label_column in rows else [label_column]
-        rows = rows.astype(dict.fromkeys([text_column, *labels], str))
         if split_column in rows:
             splits = {split: rows[rows[split_column] == split] for split in ("train", "test")}
         else:
@@ -147,19 +161,33 @@ def fetching(name: str) -> Iterator[None]:
         raise DataUnavailableError(f"The data set {name!r} cannot be fetched: {reason}.") from error
 
 
-def _read_table(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise UserError(f"There is no file {path}.")
-    try:
-        if path.suffix in (".jsonl", ".json"):
-            return pd.read_json(path, lines=True)
-        if path.suffix == ".csv":
-            return pd.read_csv(path)
-        if path.suffix == ".parquet":
-            return pd.read_parquet(path)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    raise UserError(f"{path} must be a .jsonl, .csv or .parquet file.")
+def _check_texts(texts: Any, where: str) -> None:
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise UserError(f"The texts of {where} must be a list of strings, not {shown(texts)}.")
+    for number, text in enumerate(texts):
+        _text(text, f"Text {number} of {where}")
+
+
+def _text(value: Any, where: str, column: str = "text") -> str:
+    check_text(value, where)
+    if not value.strip():
+        raise UserError(f"{where} has an empty text; remove it.")
+    return value
+
+
+def _label(value: Any, where: str, column: str) -> str:
+    """A label as text: whole numbers are common for classes, other values have no one way of being written."""
+    if type(value) is int:
+        return str(value)
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{where} has {shown(value)} for {column}; write a text or a whole number, or remove the row.")
+    return value
+
+
+def _split(value: Any, where: str, column: str) -> str:
+    if value not in ("train", "test"):
+        raise UserError(f"{where} has {shown(value)} for {column}; write train or test, or remove the row.")
+    return value
 
 
 def _by_class(rows: pd.DataFrame, text: str, labels: list[str]) -> dict[str, list[str] | dict[str, list[str]]]:

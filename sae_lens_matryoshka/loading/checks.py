@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from sae_lens.constants import DTYPE_MAP, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
@@ -16,6 +16,7 @@ from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from sae_lens_matryoshka.errors import UserError
 
@@ -35,17 +36,51 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"There is no saved SAE at {folder} (no {SAE_CFG_FILENAME}).")
     cfg = read_json(path)
-    for field in ("d_in", "d_sae"):
-        if not isinstance(cfg.get(field), int) or cfg[field] < 1:
-            raise UserError(f"{path}: {field}={cfg.get(field)!r} must be a positive whole number.")
     architecture = cfg.get("architecture", "standard")  # configs from before SAELens 3 have none
-    if architecture in SAE_TRAINING_CLASS_REGISTRY and architecture not in SAE_CLASS_REGISTRY:
-        raise _training_checkpoint(folder)
-    if architecture not in SAE_CLASS_REGISTRY:
+    if not isinstance(architecture, str) or architecture not in {*SAE_CLASS_REGISTRY, *SAE_TRAINING_CLASS_REGISTRY}:
         raise UserError(f"{path}: architecture={architecture!r} is none of {', '.join(SAE_CLASS_REGISTRY)}.")
-    if cfg.get("dtype") not in DTYPE_MAP:
+    if architecture not in SAE_CLASS_REGISTRY:
+        raise _training_checkpoint(folder)
+    if not isinstance(cfg.get("dtype"), str) or cfg["dtype"] not in DTYPE_MAP:
         raise UserError(f"{path}: dtype={cfg.get('dtype')!r} is none of {', '.join(DTYPE_MAP)}.")
+    _check_types({"metadata": {}, **cfg}, {"metadata": dict[str, Any], **_WIDTHS}, path)
+    with loading_errors(str(path)):
+        current = config_as_saelens_6(cfg)
+    # SAELens itself checks normalize_activations, whose type hint lacks some of the values
+    hints = {**get_type_hints(SAE_CLASS_REGISTRY[architecture][1]), "metadata": Any, "normalize_activations": Any}
+    _check_types({"d_in": None, "d_sae": None, **current}, hints, path)
+    metadata = current.get("metadata", {})
+    _check_types(metadata, _METADATA_TYPES, path, "metadata.")
+    details = metadata.get("training_architecture_details") or {}
+    _check_types(details, _WIDTHS, path, "metadata.training_architecture_details.")
     return cfg
+
+
+_WIDTHS: dict[str, Any] = {"matryoshka_widths": list[int] | None}
+_METADATA_TYPES: dict[str, Any] = {
+    "hook_name": str | None,
+    "model_name": str | None,
+    "context_size": int | None,
+    "prepend_bos": bool | None,
+    "training_architecture_details": dict[str, Any] | None,
+    **_WIDTHS,
+}
+"""The types of the metadata that are read here; others are shown as they are."""
+
+
+def _check_types(values: dict[str, Any], hints: dict[str, Any], path: Path, prefix: str = "") -> None:
+    """Refuse values that are not of their type, and numbers of things that are not positive."""
+    for field in hints.keys() & values.keys():
+        value, hint = values[field], hints[field]
+        try:
+            check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+            fits = hint is not int or (type(value) is int and value > 0)  # d_in, k, ...; True is an int to Python
+        except TypeCheckError:
+            fits = False
+        if not fits:
+            names = {int: "a positive whole number", bool: "true or false"}
+            expected = names.get(hint, getattr(hint, "__name__", None) or str(hint).replace("typing.", ""))
+            raise UserError(f"{path}: {prefix}{field}={value!r} must be {expected}.")
 
 
 def _training_checkpoint(folder: Path) -> UserError:
@@ -75,18 +110,20 @@ def check_saved_sae(folder: Path, dtype: str | None = None) -> dict[str, Any]:
 
     Args:
         folder: The folder with ``cfg.json`` and ``sae_weights.safetensors``.
-        dtype: The data type that the caller will load as; None means the config's, which the weights must then have.
+        dtype: The data type that the caller will load as; None means the config's, which must then hold the weights
+            without rounding them.
 
     Raises:
         UserError: If a file is missing or truncated, or the stored tensors are not those of a saved SAE, are not
-            floating-point numbers, contradict the config's shapes, or have another data type than it says.
+            floating-point numbers, contradict the config's shapes, or would be rounded to the data type that it says.
     """
     cfg = read_config(folder)
     path = folder / SAE_WEIGHTS_FILENAME
     if not path.is_file():
         raise UserError(f"The saved SAE at {folder} has no {SAE_WEIGHTS_FILENAME}.")
     d_in, d_sae = cfg["d_in"], cfg["d_sae"]
-    shapes = {"W_enc": [d_in, d_sae], "W_dec": [d_sae, d_in], "b_enc": [d_sae], "b_dec": [d_in], "threshold": [d_sae]}
+    d_out = cfg.get("d_out", d_in)  # of transcoders
+    shapes = {"W_enc": [d_in, d_sae], "W_dec": [d_sae, d_out], "b_enc": [d_sae], "b_dec": [d_out], "threshold": [d_sae]}
     expected = DTYPE_MAP[dtype or cfg["dtype"]]
     try:
         with safe_open(path, framework="pt") as file:
@@ -98,7 +135,8 @@ def check_saved_sae(folder: Path, dtype: str | None = None) -> dict[str, Any]:
                 stored = _SAFETENSORS_DTYPES.get(header.get_dtype())
                 if stored is None:
                     raise UserError(f"{path}: {name} is stored as {header.get_dtype()}, not as floating-point numbers.")
-                if dtype is None and stored != expected:
+                # SAELens keeps learned thresholds in float32 whatever the SAE's data type, and casts what it loads
+                if dtype is None and name != "threshold" and torch.promote_types(stored, expected) != expected:
                     raise UserError(
                         f"{path}: {name} is stored as {stored}, but {SAE_CFG_FILENAME} says {expected}; "
                         f"say which is meant by passing dtype."
@@ -142,7 +180,7 @@ def loading_errors(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{what} cannot be loaded: {_one_line(error)}.") from error
     except RuntimeError as error:
         if "loading state_dict" not in str(error):

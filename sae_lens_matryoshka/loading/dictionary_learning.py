@@ -116,13 +116,14 @@ def _training_metadata(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     config = read_json(path)
-    trainer = config.get("trainer") or {}
-    buffer = config.get("buffer") or {}
+    trainer, buffer = (config.get(part) or {} for part in ("trainer", "buffer"))
+    if not isinstance(trainer, dict) or not isinstance(buffer, dict):
+        raise UserError(f"{path}: trainer and buffer must be mappings of settings.")
     metadata: dict[str, Any] = {}
-    if trainer.get("lm_name"):
+    if isinstance(trainer.get("lm_name"), str):
         metadata["model_name"] = trainer["lm_name"]
-    if isinstance(trainer.get("layer"), int) and "resid_post" in (trainer.get("submodule_name") or "resid_post"):
+    if isinstance(trainer.get("layer"), int) and "resid_post" in str(trainer.get("submodule_name") or "resid_post"):
         metadata["hook_name"] = f"blocks.{trainer['layer']}.hook_resid_post"
-    if buffer.get("ctx_len"):
+    if isinstance(buffer.get("ctx_len"), int):
         metadata["context_size"] = buffer["ctx_len"]
     return metadata

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from sae_lens import SAE, PretrainedSaeDiskLoader, PretrainedSaeHuggingfaceLoader, SAEConfig, TrainingSAE
 from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
 from sae_lens.saes.sae import SAEMetadata
+from sae_lens.util import dtype_to_str
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -24,7 +25,7 @@ from sae_lens_matryoshka.loading.checks import check_parameters, check_saved_sae
 from sae_lens_matryoshka.loading.hub_errors import hub_errors
 from sae_lens_matryoshka.loading.known_releases import known_widths
 from sae_lens_matryoshka.loading.published import published_sae_loader
-from sae_lens_matryoshka.saes.copying import CopyableSAE
+from sae_lens_matryoshka.saes.plugin_sae import PluginSAE
 
 
 @dataclass
@@ -42,7 +43,7 @@ class MatryoshkaSAEConfig(SAEConfig):
         super().__post_init__()
 
 
-class MatryoshkaSAE(CopyableSAE):
+class MatryoshkaSAE(PluginSAE):
     """An SAE with levels. Wherever SAELens takes an SAE it takes this one, as the full level.
 
     Made by :meth:`load_from_disk`, :meth:`from_pretrained` and :meth:`from_sae`, which return the subclass for the
@@ -250,6 +251,7 @@ class MatryoshkaSAE(CopyableSAE):
         kind, config_class = KINDS[architecture]
         kept = {f.name: cfg_dict[f.name] for f in fields(config_class) if f.name in cfg_dict}
         kept["metadata"] = SAEMetadata.from_dict(cfg_dict["metadata"])
+        kept["dtype"] = dtype_to_str(state_dict["W_dec"].dtype)
         matryoshka_sae = kind(config_class(**{**kept, "device": "meta", "matryoshka_widths": list(widths)}))
         matryoshka_sae.load_state_dict(state_dict, assign=True)
         check_parameters(matryoshka_sae)

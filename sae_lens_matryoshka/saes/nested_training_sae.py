@@ -25,8 +25,8 @@ from typing_extensions import override
 from sae_lens_matryoshka.ops.latents import ActiveLatents, DenseLatents, lay_out, lay_out_dense
 from sae_lens_matryoshka.ops.nested_loss import NestedErrors, NestedObjective, nested_errors
 from sae_lens_matryoshka.ops.selection import Selection
-from sae_lens_matryoshka.saes.copying import CopyableSAE
 from sae_lens_matryoshka.saes.nested_training_config import NestedTrainingSAEConfig
+from sae_lens_matryoshka.saes.plugin_sae import PluginSAE
 from sae_lens_matryoshka.saes.training_statistics import KeepsTrainingStatistics
 
 
@@ -82,7 +82,7 @@ class Encoding(NamedTuple):
     """SAELens's activations for its trainer, without gradient, perhaps sparse."""
 
 
-class NestedTrainingSAE(KeepsTrainingStatistics, CopyableSAE, TrainingSAE[Any]):
+class NestedTrainingSAE(KeepsTrainingStatistics, PluginSAE, TrainingSAE[Any]):
     """A Matryoshka SAE in training, whatever makes its latents sparse.
 
     Subclasses also inherit from the SAELens class of their one-level twin, after this one.

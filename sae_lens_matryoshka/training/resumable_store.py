@@ -8,6 +8,7 @@ bit. A SAELens that reads such a checkpoint finds its own number of rows in it.
 
 import json
 import logging
+import sys
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -23,11 +24,13 @@ from sae_lens.pretokenize_runner import get_special_token_from_cfg
 from sae_lens.tokenization_and_batching import _add_tokens_to_batch
 from safetensors.torch import load_file
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.training.checked_store import CheckedActivationsStore
 from sae_lens_matryoshka.training.mixing_buffer import ResumableMixingBuffer
 from sae_lens_matryoshka.training.random_states import random_states, set_random_states
+from sae_lens_matryoshka.training.token_data import check_token_data
 
 logger = logging.getLogger(__name__)
 
@@ -51,24 +54,34 @@ class TextPosition:
     """Whether a row has been read since; a streamed data set's state is another one's until then."""
 
 
-def make_resumable(runner: "LanguageModelSAETrainingRunner | MultiSAETrainingRunner", max_buffer_bytes: int) -> None:
-    """Give a runner that has not started a store whose checkpoints hold everything.
+def take_over_store(
+    runner: "LanguageModelSAETrainingRunner | MultiSAETrainingRunner", exact: bool, max_buffer_bytes: int
+) -> None:
+    """Give a runner that has not started a store that names what is wrong with its data set.
 
     Args:
         runner: SAELens's runner, its data set and model loaded.
+        exact: Whether the store's checkpoints hold everything that decides on the batches to come.
         max_buffer_bytes: The largest activation buffer to save. A larger one is left out of checkpoints.
+
+    Raises:
+        UserError: If the data set cannot be used with the run's settings and model.
     """
-    if runner.cfg.prefetch_llm_batches:
+    check_token_data(runner.activations_store, runner.cfg)
+    if exact and runner.cfg.prefetch_llm_batches:
         logger.warning(
             "prefetch_llm_batches reads ahead of training in a thread of its own, so checkpoints are SAELens's: a "
             "resumed run is not bit-equal. Set prefetch_llm_batches=false for an exact resume."
         )
-        return
-    store = ResumableActivationsStore.take_over(runner.activations_store, max_buffer_bytes)
+        exact = False
+    if exact:
+        store = ResumableActivationsStore.take_over(runner.activations_store, max_buffer_bytes)
+    else:
+        store = CheckedActivationsStore.take_over(runner.activations_store)
     runner.activations_store = runner.evaluator.activations_store = store
 
 
-class ResumableActivationsStore(ActivationsStore):
+class ResumableActivationsStore(CheckedActivationsStore):
     """A store whose checkpoints hold everything that decides on the batches to come.
 
     The order of the data is SAELens's: the same rows, sequences and buffer, shuffled by a generator that starts as a
@@ -79,21 +92,19 @@ class ResumableActivationsStore(ActivationsStore):
     mixing_buffer: ResumableMixingBuffer | None
     _position: TextPosition
 
+    @override
     @classmethod
-    def take_over(cls, store: ActivationsStore, max_buffer_bytes: int) -> "ResumableActivationsStore":
-        """A resumable store with the model, data set and settings of one that a SAELens runner has built.
+    def take_over(cls, store: ActivationsStore, max_buffer_bytes: int = sys.maxsize) -> Self:
+        """As for :class:`CheckedActivationsStore`.
 
         Args:
             store: A store that has not been read from. Use the new one in its place.
             max_buffer_bytes: The largest buffer that is saved. A larger one is left out of checkpoints.
         """
-        resumable = cls.__new__(cls)
-        resumable.__dict__.update(store.__dict__)
+        resumable = super().take_over(store)
         resumable.max_buffer_bytes = max_buffer_bytes
         resumable.mixing_buffer = None
-        if resumable.dataset is not None:
-            resumable.iterable_sequences = resumable._iterate_tokenized_sequences()
-        else:
+        if resumable.dataset is None:
             resumable._position = TextPosition()
         return resumable
 
@@ -103,6 +114,7 @@ class ResumableActivationsStore(ActivationsStore):
     def _iterate_tokenized_sequences(self) -> Generator[Int[Tensor, " context_size"], None, None]:
         """SAELens's sequences from the beginning of the data set; called at the start of every epoch."""
         self._position = TextPosition()
+        self._begin_pass()
         return self._sequences()
 
     def _sequences(self) -> Generator[Int[Tensor, " context_size"], None, None]:
@@ -147,7 +159,7 @@ class ResumableActivationsStore(ActivationsStore):
         for row in self._rows_after(position):
             position.n_rows_read += 1
             position.started = True
-            yield cast(Any, row)[self.tokens_column]
+            yield self._value(row, position.n_rows_read)
             self.n_dataset_processed += 1
 
     def _rows_after(self, position: TextPosition) -> Iterator[Any]:

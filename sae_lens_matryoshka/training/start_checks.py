@@ -1,20 +1,28 @@
 """What can only be checked once SAELens has loaded model and data set, told in one sentence."""
 
+import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from datasets.exceptions import DatasetGenerationError
 from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
+from sae_lens import logger as saelens_logger
 
 from sae_lens_matryoshka.config_files import ConfigError
+from sae_lens_matryoshka.errors import UserError
 
 
 @contextmanager
 def loading_errors(cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig") -> Iterator[None]:
     """Say in one sentence what could not be loaded, and for model and data set how to use local copies."""
     try:
-        yield
+        with _as_configured():
+            yield
+    except UserError:
+        raise
     except OSError as error:  # what transformers, datasets and huggingface_hub raise for missing files and no network
         what = f"data set {cfg.dataset_path!r}" if cfg.dataset_path in str(error) else f"model {cfg.model_name!r}"
         reason = str(error).splitlines()[0].rstrip(".")
@@ -22,8 +30,29 @@ def loading_errors(cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRun
             f"Could not load the {what} from the Hugging Face Hub or the local cache ({reason}); to use local copies "
             f"set model_name and dataset_path to their folders: --set model_name=DIR --set dataset_path=DIR."
         ) from error
+    except DatasetGenerationError as error:  # files of a data set on the Hub that do not go together
+        reason = " ".join(str(error.__cause__ or error).split())[:300].rstrip(".")
+        raise ConfigError(
+            f"The data set {cfg.dataset_path!r} cannot be read ({reason}); try streaming=true."
+        ) from error
     except ValueError as error:  # unknown model names, model classes, hooks and data set columns
         raise ConfigError(f"SAELens cannot start this run: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def _as_configured() -> Iterator[None]:
+    """Silence what SAELens says of a data set that it is handed: here it is the one that the run file names."""
+
+    def says_something_else(record: logging.LogRecord) -> bool:
+        return "will not be reproducible" not in record.getMessage()
+
+    saelens_logger.addFilter(says_something_else)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The training dataset contains fewer samples")  # than tokens to train on
+            yield
+    finally:
+        saelens_logger.removeFilter(says_something_else)
 
 
 def check_d_in(store: ActivationsStore, d_in: Mapping[str, int]) -> None:

@@ -1,7 +1,10 @@
 """Files that are damaged or contradict each other: one sentence, and never a half-loaded SAE."""
 
+import copy
+import functools
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +12,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sae_lens import SAE, JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 from safetensors.torch import load_file, save_file
 
-from sae_lens_matryoshka import MatryoshkaSAE, hub
+from sae_lens_matryoshka import (
+    MatryoshkaSAE,
+    MatryoshkaTopKTrainingSAE,
+    MatryoshkaTopKTrainingSAEConfig,
+    hub,
+)
+from sae_lens_matryoshka.cli import main
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.hub.saved_saes import find_saved_saes
 from tests.conftest import random_matryoshka_sae
 
 WEIGHTS = "sae_weights.safetensors"
@@ -120,6 +131,68 @@ def test_any_truncation_or_change_of_the_header_is_an_error_or_no_change(
             assert parameter.shape == dict(expected.named_parameters())[name].shape
     finally:
         (folder / WEIGHTS).write_bytes(original)
+
+
+MISTYPED: list[Any] = [None, "x", [1], {"a": 1}, -1, 1.5, True]
+
+
+def _fields(cfg: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, value in cfg.items():
+        yield (*above, name)
+        if isinstance(value, dict):
+            yield from _fields(value, (*above, name))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_any_field_of_a_config_with_another_type_is_one_sentence_or_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    training_sae = MatryoshkaTopKTrainingSAE(MatryoshkaTopKTrainingSAEConfig(6, 20, k=3, matryoshka_widths=[5, 20]))
+    training_sae.cfg.metadata.hook_name = "blocks.2.hook_resid_post"
+    training_sae.save_inference_model(tmp_path)
+    _fuzz(tmp_path, capsys)
+    MatryoshkaSAE.from_sae(training_sae).save_model(tmp_path)
+    _fuzz(tmp_path, capsys, [("matryoshka_widths",)])
+
+
+def _fuzz(folder: Path, capsys: pytest.CaptureFixture[str], fields: list[tuple[str, ...]] | None = None) -> None:
+    original = json.loads((folder / "cfg.json").read_text())
+    for (*above, name), value in itertools.product(fields or list(_fields(original)), MISTYPED):
+        cfg = copy.deepcopy(original)
+        functools.reduce(dict.__getitem__, above, cfg)[name] = value
+        (folder / "cfg.json").write_text(json.dumps(cfg))
+        for load in (hub.load, find_saved_saes):
+            try:
+                loaded = load(folder)
+            except ValueError as error:
+                assert "\n" not in str(error), (above, name, value)  # noqa: PT017
+            else:
+                if isinstance(loaded, MatryoshkaSAE):  # then it can be used
+                    assert loaded.at_level(0)(torch.ones(3, 6)).shape == loaded(torch.ones(3, 6)).shape
+        assert main(["inspect", str(folder)]) in (0, 1)
+        assert capsys.readouterr().err.count("\n") <= 1, (above, name, value)
+
+
+def test_weights_that_the_config_would_round_are_refused_and_others_load_as_in_saelens(folder: Path):
+    plain = SAE.load_from_disk(folder)
+    for dtype in (torch.float16, torch.bfloat16):
+        plain.half() if dtype == torch.float16 else plain.bfloat16()
+        plain.save_model(folder)  # SAELens's config still says float32
+        loaded, theirs = MatryoshkaSAE.load_from_disk(folder), SAE.load_from_disk(folder)
+        assert loaded.W_dec.dtype == torch.float32
+        assert loaded.W_dec.equal(theirs.W_dec)
+    plain.double().save_model(folder)
+    with pytest.raises(UserError, match=r"stored as torch.float64, but cfg.json says torch.float32; .* passing dtype"):
+        hub.load(folder)
+    assert hub.load(folder, dtype="float64").W_dec.equal(plain.W_dec)
+
+
+def test_a_threshold_that_saelens_has_kept_in_float32_is_cast_as_it_does(folder: Path):
+    training_sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(6, 20, dtype="bfloat16"))
+    training_sae.save_inference_model(folder)
+    loaded, theirs = hub.load(folder, widths=[5, 20]), SAE.load_from_disk(folder)
+    assert loaded.state_dict()["threshold"].dtype == torch.bfloat16
+    assert loaded.state_dict()["threshold"].equal(theirs.state_dict()["threshold"])
 
 
 def test_an_infinite_threshold_is_a_latent_that_never_fires(folder: Path):

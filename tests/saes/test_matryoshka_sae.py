@@ -1,5 +1,6 @@
 """Levels of a saved SAE: what they compute, how they are cut out, saved, loaded and used in SAELens."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -18,14 +19,19 @@ from sae_lens import (
     MatryoshkaBatchTopKTrainingSAE,
     MatryoshkaBatchTopKTrainingSAEConfig,
     TrainingSAE,
+    TrainingSAEConfig,
 )
+from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import SAEMetadata
 from transformer_lens import HookedTransformerConfig
 
 from sae_lens_matryoshka import (
     MatryoshkaJumpReLUSAE,
     MatryoshkaJumpReLUSAEConfig,
+    MatryoshkaJumpReLUTrainingSAEConfig,
     MatryoshkaSAE,
+    MatryoshkaStandardTrainingSAEConfig,
+    MatryoshkaTopKTrainingSAEConfig,
     MatryoshkaTrainingSAE,
     MatryoshkaTrainingSAEConfig,
 )
@@ -204,6 +210,48 @@ assert not any(name.startswith("sae_lens_matryoshka") for name in sys.modules)
     subprocess.run([sys.executable, "-c", code], check=True)
     output = torch.load(tmp_path / "y.pt", weights_only=True)
     torch.testing.assert_close(output, MatryoshkaSAE.from_sae(training_sae)(x).detach())
+
+
+TRAINING_CONFIGS = [
+    MatryoshkaTrainingSAEConfig(6, 20, k=3, matryoshka_widths=[5, 20]),
+    MatryoshkaTopKTrainingSAEConfig(6, 20, k=3, matryoshka_widths=[5, 20]),
+    MatryoshkaStandardTrainingSAEConfig(6, 20, matryoshka_widths=[5, 20]),
+    MatryoshkaJumpReLUTrainingSAEConfig(6, 20, matryoshka_widths=[5, 20]),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("config", TRAINING_CONFIGS, ids=lambda config: config.architecture())
+def test_what_is_saved_in_another_data_type_loads(config: TrainingSAEConfig, dtype: torch.dtype, tmp_path: Path):
+    """However it came by it: the SAE, a level cut out before or after, the SAE in training, a module around it."""
+
+    def cast(sae: Any, around: bool = False) -> Any:
+        module: Any = torch.nn.Sequential(sae) if around else sae
+        {torch.float64: module.double, torch.float16: module.half, torch.bfloat16: module.bfloat16}[dtype]()
+        return sae
+
+    def training_sae() -> TrainingSAE[Any]:
+        torch.manual_seed(0)
+        return get_sae_training_class(config.architecture())[0](copy.deepcopy(config))
+
+    def matryoshka_sae() -> MatryoshkaSAE:
+        return MatryoshkaSAE.from_sae(training_sae())
+
+    for name, sae in {
+        "training": cast(training_sae()),
+        "whole": cast(matryoshka_sae()),
+        "inside": cast(matryoshka_sae(), around=True),
+        "from SAELens's": MatryoshkaSAE.from_sae(cast(MatryoshkaSAE.from_sae(training_sae()).at_level(-1))),
+        "level": cast(matryoshka_sae()).at_level(0),
+        "cast level": cast(matryoshka_sae().at_level(0)),
+    }.items():
+        assert sae.dtype == dtype, name
+        sae.save_inference_model(tmp_path / name) if isinstance(sae, TrainingSAE) else sae.save_model(tmp_path / name)
+        loaded = MatryoshkaSAE.load_from_disk(tmp_path / name)
+        saved = MatryoshkaSAE.from_sae(sae) if isinstance(sae, TrainingSAE) else sae
+        assert loaded.W_dec.dtype == dtype, name
+        assert loaded.W_dec.equal(saved.W_dec), name
+        assert loaded(_x(4, 6)).dtype == dtype, name
 
 
 def test_widths_given_by_hand_and_widths_missing(matryoshka_sae: MatryoshkaJumpReLUSAE, tmp_path: Path):
