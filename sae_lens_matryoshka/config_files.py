@@ -106,7 +106,11 @@ def build_runner_configs(run: Mapping[str, Any]) -> RunnerConfigs:
     saes = {name: _build_sae(fields, field.format(name)) for name, fields in sae_fields.items()}
     shared = {key: value for key, value in run.items() if key not in ("sae", "saes")}
     if "synthetic_model" in run:
-        return {name: _build(SyntheticSAERunnerConfig, {**shared, "sae": sae}) for name, sae in saes.items()}
+        configs = {name: _build(SyntheticSAERunnerConfig, {**shared, "sae": sae}) for name, sae in saes.items()}
+        for name, config in configs.items():
+            if isinstance(config.synthetic_model, SyntheticModelConfig):
+                check_synthetic_d_in(field.format(name), config.sae.d_in, config.synthetic_model.hidden_dim)
+        return configs
     if "saes" in run:
         # names from Python may be numbers, as in a file
         for key in ("hook_names", "hook_head_indices"):
@@ -117,6 +121,24 @@ def build_runner_configs(run: Mapping[str, Any]) -> RunnerConfigs:
         config = _build(LanguageModelSAERunnerConfig, {**shared, "sae": saes["sae"]})
     _check_language_model_run(config)
     return config
+
+
+def check_synthetic_d_in(field: str, d_in: int, hidden_dim: int) -> None:
+    """Refuse an SAE that is not as wide as the synthetic model's activations; SAELens would make it so.
+
+    Args:
+        field: Where the SAE stands in the run file.
+        d_in: Its width.
+        hidden_dim: The model's.
+
+    Raises:
+        ConfigError: If they differ.
+    """
+    if d_in != hidden_dim:
+        raise ConfigError(
+            f"{field}.d_in={d_in}, but the synthetic model's activations are {hidden_dim} wide; set {field}.d_in="
+            f"{hidden_dim}."
+        )
 
 
 def _check_training_on(run: Mapping[str, Any], saes: Mapping[str, SAEFields]) -> None:

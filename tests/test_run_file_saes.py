@@ -111,7 +111,7 @@ def test_names_are_one_folder_on_every_system(name: str, form: str):
 
 @pytest.mark.parametrize(("first", "second"), [("Early", "early"), ("caf\u00e9", "cafe\u0301"), ("a", "a")])
 def test_names_that_are_one_folder_on_some_system(first: str, second: str):
-    with pytest.raises(ConfigError, match="are the same folder on some systems|Two entries of saes are called"):
+    with pytest.raises(ConfigError, match=r"are the same folder on some systems|Two entries of saes are called"):
         build_runner_configs({**SYNTHETIC, "saes": [{**SAE, "name": first}, {**SAE, "name": second}]})
 
 

@@ -1,11 +1,16 @@
 """Run files small enough to train in a second or two on the TinyStories model."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+from sae_lens import SAETrainer
 from safetensors.torch import load_file
 from torch import equal
+
+from sae_lens_matryoshka import runner as runner_module
 
 
 def tiny_run(tinystories: Path, checkpoint_path: Path | None, **changes: Any) -> dict[str, Any]:
@@ -87,3 +92,21 @@ def assert_same_saes(first: Path, second: Path) -> None:
         assert json.loads(path.read_text()) == json.loads((second / path.relative_to(first)).read_text())
     for path in first.rglob("levels.csv"):
         assert path.read_text() == (second / path.relative_to(first)).read_text()
+
+
+def interrupt_at_step(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Have the process get a signal in the middle of a training step."""
+    original = runner_module.fuse_adam
+
+    def fuse_adam(trainer: SAETrainer[Any, Any]) -> None:
+        original(trainer)
+        train_step = trainer.step
+
+        def interrupted(batch: Any) -> Any:
+            if trainer.n_training_steps == step:
+                signal.raise_signal(number)
+            return train_step(batch)
+
+        trainer.step = interrupted
+
+    monkeypatch.setattr(runner_module, "fuse_adam", fuse_adam)
