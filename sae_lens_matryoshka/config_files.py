@@ -23,7 +23,7 @@ from sae_lens.synthetic import SyntheticModelConfig, SyntheticSAERunnerConfig, Z
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from sae_lens_matryoshka.errors import ConfigError
-from sae_lens_matryoshka.run_file_saes import SAEFields, named_saes
+from sae_lens_matryoshka.run_file_saes import SAEFields, named_saes, why_no_folder
 from sae_lens_matryoshka.run_file_settings import apply_setting, load_yaml, remove_field
 
 RunnerConfigs: TypeAlias = (
@@ -321,6 +321,9 @@ def _check_language_model_run(config: "LanguageModelSAERunnerConfig[Any] | Multi
             raise ConfigError(f"{field}={value!r} looks like a local path, but nothing is there.")
     if not config.dataset_path and not getattr(config, "use_cached_activations", False):
         raise ConfigError("dataset_path is missing: give a Hugging Face dataset or a local folder.")
+    # SAELens makes a folder of it, below checkpoint_path
+    if config.logger.wandb_id is not None and (reason := why_no_folder(config.logger.wandb_id)):
+        raise ConfigError(f"logger.wandb_id={config.logger.wandb_id!r} cannot be used, since it {reason}.")
     separator = config.sequence_separator_token
     excluded = config.exclude_special_tokens if isinstance(config.exclude_special_tokens, list) else []
     for field, ids in (("exclude_special_tokens", excluded), ("sequence_separator_token", [separator])):

@@ -72,11 +72,13 @@ def sae_name(own: Mapping[str, Any], shared: Mapping[str, Any]) -> str:
 
 def _entries(saes: Any, shared: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Names and own fields of the entries of ``saes``, a mapping or a list."""
+    if isinstance(saes, Mapping):
+        saes = {str(name): {} if own is None else own for name, own in saes.items()}
     entries = list(saes.values()) if isinstance(saes, Mapping) else saes
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, Mapping) for entry in entries):
         raise ConfigError(f"saes={saes!r} must be a list or mapping of SAE configs.")
     if isinstance(saes, Mapping):
-        return [(str(name), dict(own)) for name, own in saes.items()]
+        return [(name, dict(own)) for name, own in saes.items()]
     return [
         (sae_name(own, shared), {field: value for field, value in own.items() if field != "name"}) for own in entries
     ]
@@ -85,7 +87,7 @@ def _entries(saes: Any, shared: Mapping[str, Any]) -> list[tuple[str, dict[str, 
 def _check_names(names: Iterable[str]) -> None:
     seen: dict[str, str] = {}
     for name in names:
-        if reason := _why_no_folder(name):
+        if reason := why_no_folder(name):
             raise ConfigError(
                 f"The name {name!r} in saes cannot be that of a folder, since it {reason}; use letters, digits, '-' "
                 f"and '_'."
@@ -99,8 +101,8 @@ def _check_names(names: Iterable[str]) -> None:
         seen[folder] = name
 
 
-def _why_no_folder(name: str) -> str | None:
-    """Why a name cannot be that of a folder in the output, on any system; None if it can."""
+def why_no_folder(name: str) -> str | None:
+    """Why a name cannot be that of a new folder on every system, in a few words; None if it can."""
     if not name.strip():
         return "is empty"
     if found := _FORBIDDEN_CHARACTERS.search(name):
@@ -116,5 +118,5 @@ def _why_no_folder(name: str) -> str | None:
     if _DEVICE_NAMES.fullmatch(name):
         return "is a device on Windows"
     if name.lower().endswith(_FILE_SUFFIXES):
-        return "ends like the files beside it"
+        return "ends like the files that will be beside it"
     return None

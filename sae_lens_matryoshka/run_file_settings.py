@@ -105,7 +105,9 @@ def _locate(run: dict[str, Any], key: str, request: str, make_missing: bool) -> 
         if not key:
             return target, step
         passed.append(part)
-        target = target.setdefault(step, {}) if isinstance(target, dict) else target[step]
+        if make_missing and isinstance(target, dict) and target.get(step) is None:  # `logger:` with nothing after it
+            target[step] = {}
+        target = target[step]
 
 
 def _entry_names(target: Any, run: dict[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from sae_lens.synthetic import SyntheticSAERunnerConfig
 from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig, paper_widths
 from sae_lens_matryoshka.config_files import ConfigError, build_runner_configs, embedded_run_files, read_run_file
 from sae_lens_matryoshka.registration import TRAINING_CLASSES
+from sae_lens_matryoshka.run_file_saes import named_saes
 
 RUN: dict[str, Any] = {
     "model_name": "some/model",
@@ -43,7 +44,7 @@ def test_embedded_run_files_build(name: str):
 
 def test_every_variant_has_a_run_file():
     runs = [read_run_file(name) for name in embedded_run_files()]
-    architectures = {sae["architecture"] for run in runs for sae in run.get("saes", [run.get("sae")])}
+    architectures = {sae["architecture"] for run in runs for sae in named_saes(run).values()}
     assert {config_class.architecture() for _, config_class in TRAINING_CLASSES} <= architectures
 
 
@@ -133,6 +134,10 @@ def test_unusable_files(tmp_path: Path):
         ({"exclude_special_tokens": [3, -1]}, r"exclude_special_tokens=\[3, -1\]: -1 is no token id"),
         ({"exclude_special_tokens": [10**12]}, "1000000000000 is no token id"),
         ({"sequence_separator_token": -1}, "sequence_separator_token=-1: -1 is no token id"),
+        (
+            {"logger": {"wandb_id": "../../elsewhere"}},
+            r"logger.wandb_id='../../elsewhere' cannot be used, since it holds '/'",
+        ),
         ({"hook_eval": "h"}, "hook_eval='h' is not used by SAELens. --unset hook_eval takes it out"),
         ({"logger": {"log_optimizer_state_to_wandb": True}}, "logger.log_optimizer_state_to_wandb=True is not used"),
         ({"lr_end": 1e-5}, "lr_end=1e-05 is only used with lr_scheduler_name=cosineannealing or"),

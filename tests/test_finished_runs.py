@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
+from sae_lens_matryoshka.checkpoints import find_checkpoint
 from sae_lens_matryoshka.cli import main
+from sae_lens_matryoshka.config_files import build_runner_configs
+from sae_lens_matryoshka.errors import ConfigError
 from sae_lens_matryoshka.level_metrics import LevelMetrics
 from sae_lens_matryoshka.runner import train
 from tests.tiny_runs import tiny_multi_run, tiny_run, tiny_sae
@@ -103,3 +106,34 @@ def test_force_makes_a_finished_run_again(finished: Any, tmp_path: Path):
     result = train(run, output=output, resume="auto", force=True, **SAMPLES)
     assert not result.was_finished
     assert result.saes[0].calibration is not None
+
+
+def test_the_same_run_written_otherwise_is_the_same_run(finished: Any):
+    run, output, _ = finished["several"]
+    early, late = run["saes"]["early"], run["saes"]["late"]
+    shared = {field: value for field, value in early.items() if field != "k"}
+    own = {"early": {"k": early["k"]}, "late": {field: value for field, value in late.items() if field not in shared}}
+    for rewritten in (
+        {**run, "sae": shared, "saes": own},
+        {**run, "saes": [{"name": "early", **early}, {"name": "late", **late}], "device": "cpu"},
+    ):
+        assert train(rewritten, output=output, resume="auto", calibration_samples=200).was_finished
+    changed = {**run, "sae": shared, "saes": {**own, "late": {**own["late"], "k": 7}}}
+    cfg = build_runner_configs(changed)
+    assert not isinstance(cfg, dict)
+    [checkpoint] = output.parent.glob("several_checkpoints/*/[0-9]*")
+    with pytest.raises(ConfigError, match=r"made with other settings of saes\.late\.k, and"):
+        find_checkpoint(cfg, checkpoint)
+
+
+def test_what_auto_decides_is_said_in_one_line(finished: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run, output, _ = finished["one"]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    command = ["train", str(tmp_path / "run.yaml"), "--resume", "auto", "--calibration-samples", "200"]
+    command += ["--measure-samples", "200", "--output", str(tmp_path / "out"), "--set", "n_checkpoints=0"]
+    assert main(command) == 0
+    [checkpoint] = output.parent.glob("one_checkpoints/*/[0-9]*")
+    assert f"Continuing from {checkpoint}.\n" in capsys.readouterr().err
+    assert main([*command, "--set", "lr=0.5", "--force"]) == 0
+    said = f"Starting afresh, because {checkpoint} was made with other settings of lr, lr_end.\n"
+    assert said in capsys.readouterr().err

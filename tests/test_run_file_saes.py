@@ -35,15 +35,17 @@ def _saes(run: dict[str, Any]) -> dict[str, Any]:
 def test_a_shared_sae_and_settings_reach_every_entry_that_has_none_of_its_own(
     kind: dict[str, Any], form: str, tmp_path: Path
 ):
-    entries: Any = {"early": {}, "late": {"k": 6, "level_weights": [1, 2]}}
+    entries: Any = {"early": {} if form == "list" else None, "late": {"k": 6, "level_weights": [1, 2]}}
     if form == "list":
         entries = [{"name": name, **own} for name, own in entries.items()]
     path = _file(tmp_path, **kind, sae=SAE, saes=entries)
     settings = ["sae.d_sae=128", "sae.matryoshka_widths=[16,128]", "saes.late.aux_loss_coefficient=0.5", "sae.k=5"]
+    settings += ["saes.early.topk_threshold_lr=0.5"]
     saes = _saes(read_run_file(path, settings))
     assert {name: sae.k for name, sae in saes.items()} == {"early": 5, "late": 6}
     assert {name: sae.level_weights for name, sae in saes.items()} == {"early": None, "late": [1, 2]}
     assert {name: sae.aux_loss_coefficient for name, sae in saes.items()} == {"early": 1.0, "late": 0.5}
+    assert {name: sae.topk_threshold_lr for name, sae in saes.items()} == {"early": 0.5, "late": 0.01}
     assert all((sae.d_sae, sae.matryoshka_widths) == (128, [16, 128]) for sae in saes.values())
     saes = _saes(read_run_file(path, [], unset=["saes.late.k", "saes.late.level_weights"]))
     assert {name: sae.k for name, sae in saes.items()} == {"early": 4, "late": 4}

@@ -16,7 +16,7 @@ from sae_lens_matryoshka.errors import ConfigError
 from sae_lens_matryoshka.runner import train
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
 from sae_lens_matryoshka.training.training_on import load_starting_point
-from tests.tiny_runs import assert_same_saes, interrupt_at_step, tiny_run, tiny_sae
+from tests.tiny_runs import assert_same_saes, interrupt_at_step, tiny_multi_run, tiny_run, tiny_sae
 
 SHORT: Any = {"training_tokens": 40 * 128, "lr_warm_up_steps": 0, "lr_decay_steps": 0, "n_checkpoints": 1}
 SELECTING = {"k": 8, "use_matryoshka_aux_loss": True}
@@ -156,6 +156,30 @@ def test_weights_of_another_architecture(trained: Any, made_as: str, source: str
     if architecture in ("matryoshka", "batchtopk") and hasattr(expected, "threshold"):
         norms = expected.W_dec.norm(dim=-1)
         assert sae.topk_threshold.item() == pytest.approx((expected.threshold * norms).mean().item())
+
+
+def test_what_the_levels_were_saved_as_is_an_sae_too(trained: Any, tmp_path: Path):
+    saved: Any = MatryoshkaSAE.load_from_disk(trained["matryoshka_jumprelu"]["saved"])
+    saved.save_model(tmp_path)
+    sae = _load(tmp_path, _sae("matryoshka_jumprelu"))
+    assert torch.equal(sae.threshold, saved.threshold)
+    assert torch.equal(sae.W_dec, saved.W_dec)
+
+
+def test_one_of_the_saes_of_a_checkpoint(tinystories: Path, tmp_path: Path):
+    train(
+        tiny_multi_run(tinystories, tmp_path / "checkpoints", **{**SHORT, "training_tokens": 6 * 128}),
+        output=tmp_path / "several",
+        calibration_samples=300,
+        measure_samples=300,
+    )
+    [checkpoint] = (tmp_path / "checkpoints").glob("*/[0-9]*")
+    run = _run(tinystories, checkpoint / "late", _sae("matryoshka"), lr=1e-10, training_tokens=256)
+    output = _train(run, tmp_path / "out")
+    late: Any = TrainingSAE.load_from_disk(checkpoint / "late")
+    scaling_factor = json.loads((checkpoint / "late" / "activation_scaler.json").read_text())["scaling_factor"]
+    late.fold_activation_norm_scaling_factor(scaling_factor)
+    assert torch.allclose(SAE.load_from_disk(output).b_dec, late.b_dec, rtol=1e-4, atol=1e-6)
 
 
 def test_a_run_that_trains_on_is_resumed_like_any_other(

@@ -86,7 +86,7 @@ def test_what_wandb_refuses_is_one_warning(
 
 
 def test_settings_that_wandb_cannot_start_with(tinystories: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    logger = {**SHORT["logger"], "wandb_id": "no id/at all"}
+    logger = {**SHORT["logger"], "wandb_project": "no/project"}
     with caplog.at_level(logging.WARNING, "sae_lens_matryoshka"):
         train(tiny_run(tinystories, None, **{**SHORT, "logger": logger}), output=tmp_path / "out", **SAMPLES)
     assert "wandb cannot be used (" in caplog.text
