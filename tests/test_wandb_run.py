@@ -27,17 +27,18 @@ SHORT: Any = {
 def functions_of_wandb_are_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     wandb.teardown()  # so that it looks anew where it is
     monkeypatch.chdir(tmp_path)  # and writes below
-    finish = wandb.finish
+    init, finish = wandb.init, wandb.finish
     yield
     assert wandb.run is None
-    assert wandb.finish is finish
+    assert (wandb.init, wandb.finish) == (init, finish)
     with pytest.raises(wandb.Error, match="You must call"):
         wandb.log({})
 
 
 def _logged(folder: Path) -> list[bytes]:
     """What the offline runs below a folder hold, which `wandb sync` would send."""
-    return [path.read_bytes() for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))]
+    runs = sorted(folder.glob("wandb/offline-run-*"))
+    return [next(run.glob("run-*.wandb")).read_bytes() for run in runs]
 
 
 @pytest.mark.parametrize("make", [tiny_run, tiny_multi_run])

@@ -42,8 +42,8 @@ RunnerConfig: TypeAlias = (
 def wandb_run(cfg: RunnerConfig) -> Iterator[None]:
     """Run a SAELens runner in this block, and its wandb run cannot stop it. Without ``log_to_wandb`` there is none.
 
-    SAELens's own ``wandb.init`` finds the run that is started here and goes on with it. Alone it would try for 90
-    seconds to reach a server that does not answer, and then raise an error. Offline means for the whole process.
+    SAELens's own ``wandb.init`` is given the run that is started here. Alone it would try for 90 seconds to reach a
+    server that does not answer, and then raise an error. Offline means for the whole process.
 
     Args:
         cfg: The runner's config. Its ``logger`` is replaced; where no run can be started, it logs nothing.
@@ -55,8 +55,9 @@ def wandb_run(cfg: RunnerConfig) -> Iterator[None]:
     if not cfg.logger.log_to_wandb:
         yield
         return
-    originals = {name: getattr(wandb, name) for name in ("log", "log_artifact", "finish")}
+    originals = {name: getattr(wandb, name) for name in ("init", "log", "log_artifact", "finish")}
     replaced = {name: tolerance.of(function) for name, function in originals.items()}
+    replaced["init"] = lambda *_, **__: wandb.run
     for name, function in replaced.items():
         setattr(wandb, name, function)
     try:
