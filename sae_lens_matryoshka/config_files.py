@@ -99,12 +99,12 @@ def build_runner_configs(run: Mapping[str, Any]) -> RunnerConfigs:
         ConfigError: If a key is unknown (the nearest valid one is named) or would not be used, a value has the wrong
             type, an SAE's name cannot be a folder, or SAELens refuses a value.
     """
-    run = copy.deepcopy(dict(run))
+    run = dict(run)
     sae_fields = named_saes(run)
     _check_training_on(run, sae_fields)
     field = "saes.{}" if "saes" in run else "sae"
     saes = {name: _build_sae(fields, field.format(name)) for name, fields in sae_fields.items()}
-    shared = {key: value for key, value in run.items() if key not in ("sae", "saes")}
+    shared = copy.deepcopy({key: value for key, value in run.items() if key not in ("sae", "saes")})
     if "synthetic_model" in run:
         configs = {name: _build(SyntheticSAERunnerConfig, {**shared, "sae": sae}) for name, sae in saes.items()}
         for name, config in configs.items():
@@ -177,7 +177,7 @@ def _build_sae(fields: SAEFields, field: str) -> TrainingSAEConfig:
     def name(key: str) -> str:
         return f"{field}.{key}" if key in fields.maps[0] else f"sae.{key}"
 
-    values = dict(fields)
+    values = copy.deepcopy(dict(fields))  # SAELens edits lists that SAEs may share
     for key, instead in (("device", "device, which is the SAE's too"), ("metadata", "nothing: the run writes it")):
         if key in values:
             raise ConfigError(f"{name(key)} is not used; set {instead}. --unset {name(key)} takes it out.")

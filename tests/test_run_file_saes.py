@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from sae_lens import MultiSAETrainingRunnerConfig
+from sae_lens import MatryoshkaBatchTopKTrainingSAE, MultiSAETrainingRunnerConfig
 
 from sae_lens_matryoshka.config_files import build_runner_configs, read_run_file
 from sae_lens_matryoshka.errors import ConfigError
@@ -58,6 +58,15 @@ def test_unnamed_entries_are_called_by_what_they_share_too(tmp_path: Path):
         "matryoshka_k2.5": (128, 8),
         "matryoshka_k3": (64, 4),
     }
+
+
+def test_shared_lists_are_not_one_list():
+    shared = {**SAE, "architecture": "matryoshka_batchtopk", "matryoshka_widths": [8]}
+    saes = _saes({**SYNTHETIC, "sae": shared, "saes": {"small": {}, "large": {"d_sae": 128}}})
+    for sae in saes.values():
+        MatryoshkaBatchTopKTrainingSAE(sae)  # which appends a missing full width
+    assert [sae.matryoshka_widths for sae in saes.values()] == [[8, 64], [8, 128]]
+    assert shared["matryoshka_widths"] == [8]
 
 
 @pytest.mark.parametrize(
