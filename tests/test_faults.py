@@ -262,7 +262,7 @@ def test_only_a_checkpoint_of_the_same_run_is_resumed_from(
         assert _found(run, "auto", checkpoint_path=str(folder / "empty")) is None
     assert "Starting afresh, because checkpoint_path is null." in caplog.text
     assert f"Starting afresh, because there is no checkpoint below {folder / 'empty'}." in caplog.text
-    with pytest.raises(ConfigError, match="nowhere is not a complete SAELens checkpoint .there is no such folder"):
+    with pytest.raises(ConfigError, match=r"nowhere is not a complete SAELens checkpoint \(there is no such"):
         train({**run, "resume_from_checkpoint": "nowhere"}, output=tmp_path / "out")  # the same as --resume
     final = tmp_path / "final_2560"
     shutil.copytree(newest, final)
