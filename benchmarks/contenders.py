@@ -14,7 +14,7 @@ from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, geometric_widths, paper_widths
-from sae_lens_matryoshka.runner import fuse_adam
+from sae_lens_matryoshka.training.fused_adam import fuse_adam
 
 Step = Callable[[Tensor], None]
 

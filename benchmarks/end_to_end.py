@@ -29,8 +29,9 @@ from train_step import machine
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, paper_widths
 from sae_lens_matryoshka.config_files import build_runner_configs, read_run_file
-from sae_lens_matryoshka.runner import CalibratingLanguageModelRunner, fuse_adam
+from sae_lens_matryoshka.runner import CalibratingLanguageModelRunner
 from sae_lens_matryoshka.training.checkpointer import CheckpointOptions
+from sae_lens_matryoshka.training.fused_adam import fuse_adam
 
 
 def main() -> None:

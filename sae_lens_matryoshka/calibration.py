@@ -4,7 +4,7 @@ BatchTopK chooses latents by comparing a whole batch; for inference SAELens save
 threshold is measured: on n samples, the right one lies just below the (target_l0 * n)-th largest pre-activation.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from sae_lens import BatchTopKTrainingSAE, JumpReLUSAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_lens_matryoshka.ops.selection import column_products
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
 
 
@@ -71,15 +72,14 @@ def calibrate_threshold(
     n_seen = n_fired = 0
     with tqdm(total=n_samples, desc="Calibrating threshold", leave=False) as progress:
         for batch in activations:
-            hidden_pre = _hidden_pre(sae, batch.to(sae.device)).reshape(-1, sae.cfg.d_sae)[: n_samples - n_seen]
-            if not hidden_pre.isfinite().all():
-                raise ValueError(f"The activations after sample {n_seen} give pre-activations that are not finite.")
-            threshold = sae.topk_threshold if isinstance(sae, BatchTopKTrainingSAE) else sae.threshold
-            margins = (hidden_pre.float() - threshold.float())[hidden_pre > 0]
-            n_seen += hidden_pre.shape[0]
-            n_fired += int((margins > 0).sum())
-            largest.add(margins)
-            progress.update(hidden_pre.shape[0])
+            x = sae.process_sae_in(batch.to(sae.device)).reshape(-1, sae.cfg.d_in)[: n_samples - n_seen]
+            for hidden_pre, threshold in _compared(sae, x):
+                if not torch.stack(hidden_pre.aminmax()).isfinite().all():
+                    raise ValueError(f"The activations after sample {n_seen} give pre-activations that are not finite.")
+                n_fired += int((hidden_pre > threshold.clamp(min=0)).sum())
+                largest.add(_margins_above(largest.smallest_kept, hidden_pre, threshold))
+            n_seen += x.shape[0]
+            progress.update(x.shape[0])
             if n_seen >= n_samples:
                 break
     if n_seen == 0:
@@ -93,7 +93,7 @@ def calibrate_threshold(
         n_firing = int((values > shift).sum())
     else:  # even with every positive pre-activation firing there are too few
         threshold = sae.topk_threshold if isinstance(sae, BatchTopKTrainingSAE) else sae.threshold
-        shift = -threshold.max().item()
+        shift = -threshold[threshold.isfinite()].max().item()  # infinite ones belong to latents that never fire
         n_firing = len(values)
     if isinstance(sae, BatchTopKTrainingSAE):
         sae.topk_threshold += shift
@@ -122,14 +122,31 @@ class _LargestValues:
         return values.sort(descending=True).values[: self.n]
 
 
-def _hidden_pre(
+def _compared(
     sae: BatchTopKTrainingSAE | JumpReLUSAE, x: Float[Tensor, "batch d_in"]
-) -> Float[Tensor, "batch d_sae"]:
-    """The values that are compared with the threshold."""
-    hidden_pre = sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
-    if isinstance(sae, BatchTopKTrainingSAE) and sae.cfg.rescale_acts_by_decoder_norm:
-        hidden_pre = hidden_pre * sae.W_dec.norm(dim=-1)
-    return hidden_pre
+) -> Iterator[tuple[Float[Tensor, "batch chunk"], Float[Tensor, " chunk"]]]:
+    """What is compared with what for a latent to fire, a chunk of columns at a time.
+
+    All columns at once would take some 25 bytes a latent a sample: more than training does.
+    """
+    threshold = sae.topk_threshold if isinstance(sae, BatchTopKTrainingSAE) else sae.threshold
+    threshold = threshold.float().expand(sae.cfg.d_sae)
+    rescale = isinstance(sae, BatchTopKTrainingSAE) and sae.cfg.rescale_acts_by_decoder_norm
+    scale = sae.W_dec.norm(dim=-1) if rescale else None
+    for columns, product in column_products(x, sae.W_enc):
+        hidden_pre = product.add_(sae.b_enc[columns])
+        if scale is not None:
+            hidden_pre *= scale[columns]
+        yield hidden_pre, threshold[columns]
+
+
+def _margins_above(
+    least: float, hidden_pre: Float[Tensor, "batch chunk"], threshold: Float[Tensor, " chunk"]
+) -> Float[Tensor, " any"]:
+    """How far positive pre-activations lie above their threshold, where that is more than ``least``, or hardly less."""
+    floor = (threshold + least - 1e-6 * (threshold + least).abs()).nan_to_num(nan=-torch.inf).clamp(min=0)
+    found = (hidden_pre > floor).flatten().nonzero().squeeze(1)
+    return hidden_pre.flatten()[found].float() - threshold[found % hidden_pre.shape[1]]
 
 
 def _target_l0(sae: BatchTopKTrainingSAE | JumpReLUSAE, target_l0: float | None) -> float:

@@ -1,12 +1,17 @@
-"""Finding the checkpoint to resume from, and telling a whole one from one that is damaged or another run's."""
+"""Finding the checkpoint to resume from, and telling a whole one from one that is damaged or another run's.
+
+Two runs are the same if SAELens's configs of both, every field filled in, are equal in all that decides on the SAEs.
+"""
 
 import json
 import logging
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from sae_lens import LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
 from sae_lens.constants import (
     ACTIVATION_SCALER_CFG_FILENAME,
     ACTIVATIONS_STORE_STATE_FILENAME,
@@ -17,10 +22,13 @@ from sae_lens.constants import (
 )
 from safetensors import SafetensorError, safe_open
 
-from sae_lens_matryoshka.config_files import ConfigError
+from sae_lens_matryoshka.errors import ConfigError
+from sae_lens_matryoshka.loading.checks import check_saved_sae
 from sae_lens_matryoshka.training.manifest import MANIFEST_FILENAME, find_damage
 
 logger = logging.getLogger(__name__)
+
+RunnerConfig: TypeAlias = "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig"
 
 _RUNNER_FILES = (ACTIVATIONS_STORE_STATE_FILENAME, RUNNER_CFG_FILENAME)
 _SAE_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME, ACTIVATION_SCALER_CFG_FILENAME)
@@ -28,50 +36,101 @@ _SAE_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME, AC
 _MAY_DIFFER = {
     # where things are and how they are reported
     "checkpoint_path", "output_path", "resume_from_checkpoint", "logger", "verbose",
-    # how long to train and how often to save
-    "training_tokens", "n_checkpoints", "save_final_checkpoint",
-    # 'auto' in the run file, the device in the checkpoint
-    "device", "llm_device", "act_store_device",
+    # how often to save
+    "n_checkpoints", "save_final_checkpoint",
+    # where it is computed, by which release
+    "device", "llm_device", "act_store_device", "sae_lens_version", "sae_lens_training_version",
 }  # fmt: skip
-"""Fields of a run file in which a run may differ from the checkpoint that it goes on from."""
+"""Fields in which two configs of the same run may differ."""
+
+_SAE_MAY_DIFFER = {"device", "metadata"}
+"""The same for the config of an SAE: SAELens sets them in the course of a run."""
 
 
-def find_checkpoint(run: Mapping[str, Any], resume: str | Path) -> str | None:
-    """The checkpoint folder that a run should resume from.
+def find_checkpoint(cfg: RunnerConfig, resume: str | Path) -> str | None:
+    """The checkpoint folder that a run should resume from. What ``"auto"`` decides is logged in one line.
 
     Args:
-        run: A run file's contents.
+        cfg: The run's config.
         resume: A checkpoint folder, or ``"auto"`` for the newest complete one under the run's ``checkpoint_path`` that
-            was made with the run's settings. Damaged ones are passed over with a warning.
+            the same run has made. Damaged ones are passed over with a warning.
 
     Returns:
         The folder, or None if ``"auto"`` finds none.
 
     Raises:
-        ConfigError: If the folder given is not a complete checkpoint, or the run's kind cannot resume.
+        ConfigError: If the folder given is not a complete checkpoint of the same run.
     """
-    if "synthetic_model" in run:
-        raise ConfigError(
-            "A run on a synthetic model cannot be resumed: SAELens's SyntheticSAERunner has no such option."
-        )
     if resume != "auto":
-        if reason := why_incomplete(Path(resume)):
-            raise ConfigError(
-                f"{resume} is not a complete SAELens checkpoint ({reason}); give another or --resume auto."
-            )
-        if different := _different_fields(Path(resume), run):
-            logger.warning(f"The checkpoint {resume} was made with other settings of {', '.join(different)}.")
+        _check_resumable(Path(resume), cfg)
         return str(resume)
+    checkpoint, reason = _newest_checkpoint(cfg)
+    logger.info(f"Starting afresh, because {reason}." if checkpoint is None else f"Continuing from {checkpoint}.")
+    return None if checkpoint is None else str(checkpoint)
+
+
+def is_finished(output: Path, cfg: RunnerConfig, calibration_samples: int) -> bool:
+    """Whether an output folder holds what a run would write there: all its SAEs, made with the same settings.
+
+    How many samples the levels were measured on is not compared.
+
+    Args:
+        output: The output folder.
+        cfg: The run's config.
+        calibration_samples: How many samples thresholds would be calibrated on.
+    """
+    try:
+        made = json.loads((output / RUNNER_CFG_FILENAME).read_text(encoding="utf-8"))
+        saved_cfgs = [check_saved_sae(folder) for folder in sae_folders(output, cfg).values()]
+    except (OSError, ValueError):
+        return False
+    if _different_fields(made, cfg) or made.get("training_tokens") != cfg.training_tokens:
+        return False
+    calibrated_on = [(saved.get("metadata") or {}).get("calibration_samples") for saved in saved_cfgs]
+    return all(n_samples in (None, calibration_samples) for n_samples in calibrated_on)
+
+
+def sae_folders(output: Path, cfg: RunnerConfig) -> dict[str, Path]:
+    """Where a run saves its SAEs, by name: in the output folder itself for one, in a folder each for several."""
+    if isinstance(cfg, MultiSAETrainingRunnerConfig):
+        return {name: output / name for name in cfg.saes}
+    return {"sae": output}
+
+
+def _check_resumable(checkpoint: Path, cfg: RunnerConfig) -> None:
+    if reason := why_incomplete(checkpoint):
+        raise ConfigError(
+            f"{checkpoint} is not a complete SAELens checkpoint ({reason}); give another or --resume auto."
+        )
+    if checkpoint.name.startswith("final_"):
+        raise ConfigError(
+            f"{checkpoint} is a finished SAE, with the normalization of its input folded in; resume from another, or "
+            f"train on from its weights with from_pretrained_path."
+        )
+    if different := _different_fields(_made_with(checkpoint), cfg):
+        raise ConfigError(
+            f"The checkpoint {checkpoint} was made with other settings of {_listed(different)}, and a resumed run goes "
+            f"on as it was; set them as they were, or train on from its weights with from_pretrained_path."
+        )
+
+
+def _newest_checkpoint(cfg: RunnerConfig) -> tuple[Path | None, str]:
+    """The newest complete checkpoint of the same run; if there is none, why."""
+    if cfg.checkpoint_path is None:
+        return None, "checkpoint_path is null"
     # SAELens adds an id of its own below checkpoint_path, then the number of samples trained on; 'final_...' is a
     # finished SAE with its normalization folded in
-    folder = Path(run.get("checkpoint_path") or "checkpoints")
+    folder = Path(cfg.checkpoint_path).parent
     candidates = [path for path in folder.glob("*/*") if path.name.isdecimal() and path.is_dir()]
+    reason = ""
     for checkpoint in sorted(candidates, key=lambda path: path.stat().st_mtime, reverse=True):
-        if reason := why_incomplete(checkpoint):
-            logger.warning(f"The checkpoint {checkpoint} is passed over: {reason}.")
-        elif not _different_fields(checkpoint, run):
-            return str(checkpoint)
-    return None
+        if damage := why_incomplete(checkpoint):
+            logger.warning(f"The checkpoint {checkpoint} is passed over: {damage}.")
+        elif different := _different_fields(_made_with(checkpoint), cfg):
+            reason = reason or f"{checkpoint} was made with other settings of {_listed(different)}"
+        else:
+            return checkpoint, ""
+    return None, reason or f"there is no {'complete ' if candidates else ''}checkpoint below {folder}"
 
 
 def why_incomplete(checkpoint: Path) -> str | None:
@@ -111,18 +170,46 @@ def _is_readable(path: Path) -> bool:
     return True
 
 
-def _different_fields(checkpoint: Path, run: Mapping[str, Any]) -> list[str]:
-    """The fields that the run gives otherwise than the checkpoint was made with, its SAEs' included."""
-    made = json.loads((checkpoint / RUNNER_CFG_FILENAME).read_text(encoding="utf-8"))
-    given = {key: value for key, value in run.items() if key not in _MAY_DIFFER | {"sae", "saes"}}
-    different = [key for key, value in given.items() if made.get(key) != value]
-    if "saes" in run:
-        wanted = list(run["saes"].values() if isinstance(run["saes"], Mapping) else run["saes"])
-        made_saes = list(made.get("saes", {}).values())
-    else:
-        wanted, made_saes = [run.get("sae", {})], [made.get("sae", {})]
-    if len(wanted) != len(made_saes):
-        return [*different, "saes"]
-    for sae, made_sae in zip(wanted, made_saes, strict=True):
-        different += [f"sae.{key}" for key, value in sae.items() if key != "name" and made_sae.get(key) != value]
-    return different
+def _made_with(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / RUNNER_CFG_FILENAME).read_text(encoding="utf-8"))
+
+
+def _different_fields(made: Mapping[str, Any], cfg: RunnerConfig) -> list[str]:
+    """The fields in which a run's config differs from one that SAELens has written, the SAEs' fields included."""
+    wanted_fields = dict(_compared_fields(json.loads(json.dumps(cfg.to_dict()))))
+    made_fields = dict(_compared_fields(made))
+    if cfg.lr_scheduler_name == "constant" and cfg.lr_decay_steps == 0:
+        # then only the end depends on it; a schedule goes on in a resumed run as it was laid out
+        for compared in (wanted_fields, made_fields):
+            compared.pop("training_tokens", None)
+    # a field that is younger than the written config had its default then
+    defaults = _defaults(cfg)
+    for name, sae in cfg.saes.items() if isinstance(cfg, MultiSAETrainingRunnerConfig) else [("", cfg.sae)]:
+        defaults |= {f"{_sae_field(name)}.{field}": default for field, default in _defaults(sae).items()}
+    names = [*wanted_fields, *(name for name in made_fields if name not in wanted_fields)]
+    return [name for name in names if made_fields.get(name, defaults.get(name)) != wanted_fields.get(name)]
+
+
+def _defaults(cfg: Any) -> dict[str, Any]:
+    return {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(cfg)}
+
+
+def _compared_fields(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The fields of a written config that decide on the SAEs, those of the SAEs as in a run file."""
+    for key, value in config.items():
+        if key not in _MAY_DIFFER | {"sae", "saes"}:
+            yield key, value
+    saes = {"": config["sae"]} if "sae" in config else config.get("saes", {})
+    for name, sae in saes.items():
+        for key, value in sae.items():
+            if key not in _SAE_MAY_DIFFER:
+                yield f"{_sae_field(name)}.{key}", value
+
+
+def _sae_field(name: str) -> str:
+    return f"saes.{name}" if name else "sae"
+
+
+def _listed(names: list[str], at_most: int = 5) -> str:
+    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return ", ".join(names[:at_most]) + more

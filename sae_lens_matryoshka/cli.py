@@ -70,17 +70,28 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         action="append",
         default=[],
         metavar="KEY.SUB=VALUE",
-        help="change a field, repeatable",
+        help="change a field, repeatable; one of several SAEs goes by its name: saes.NAME.k=40",
+    )
+    train.add_argument(
+        "--unset",
+        action="append",
+        default=[],
+        metavar="KEY.SUB",
+        help="take a field out of the run file, before --set, repeatable",
     )
     train.add_argument("--output", metavar="DIR", help="folder to write (default: the run file's output_path)")
-    train.add_argument("--resume", metavar="auto|PATH", help="continue from a checkpoint; auto takes the newest")
+    train.add_argument(
+        "--resume", metavar="auto|PATH",
+        help="continue from a checkpoint; auto takes the newest of the same run, starts afresh if there is none, and "
+        "does nothing if the output is there",
+    )  # fmt: skip
     train.add_argument("--force", action="store_true", help="replace a non-empty output folder")
     train.add_argument(
-        "--calibration-samples", type=int, default=100_000, metavar="N",
-        help="fresh activations to calibrate the threshold on; 0 keeps the running one (default: 100000)",
+        "--calibration-samples", type=int, metavar="N",
+        help="fresh activations to calibrate BatchTopK's threshold on; 0 keeps the running one (default: 100000)",
     )  # fmt: skip
     train.add_argument(
-        "--measure-samples", type=int, default=100_000, metavar="N",
+        "--measure-samples", type=int, metavar="N",
         help="fresh activations to measure the levels on (default: 100000)",
     )  # fmt: skip
 
@@ -184,7 +195,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     result = train(
-        read_run_file(options.config, options.settings),
+        read_run_file(options.config, options.settings, options.unset),
         output=options.output,
         resume=options.resume,
         force=options.force,
@@ -220,7 +231,7 @@ def _train(options: argparse.Namespace) -> None:
                 f"{scores.absorption:.3f}", f"{scores.explained_variance:.3f}", f"{scores.l0:.2f}",
             )  # fmt: skip
         console.print(table)
-    console.print(f"Saved to {result.output}", soft_wrap=True)
+    console.print(f"{'Already done:' if result.was_finished else 'Saved to'} {result.output}", soft_wrap=True)
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -32,6 +32,22 @@ class LevelMetrics:
     """Number of latents of the level that never fired."""
 
 
+MOST_ACTIVATIONS = 2**24
+"""Latent activations held at once: 64 MB in float32."""
+
+FEWEST_SAMPLES = 64
+"""Samples encoded together however wide the SAE is: with fewer, reading its weights would take most of the time."""
+
+
+def samples_a_block(d_sae: int) -> int:
+    """How many samples to encode at a time, so that measuring an SAE takes less memory than training it.
+
+    Args:
+        d_sae: The number of latents.
+    """
+    return max(FEWEST_SAMPLES, MOST_ACTIVATIONS // d_sae)
+
+
 @torch.no_grad()
 def measure_levels(
     sae: MatryoshkaSAE, activations: Iterable[Float[Tensor, "batch d_in"]], n_samples: int = 100_000
@@ -56,15 +72,16 @@ def measure_levels(
     n_seen = 0
     with tqdm(total=n_samples, desc="Measuring levels", leave=False) as progress:
         for batch in activations:
-            x = batch[: n_samples - n_seen].to(sae.device)
-            level_acts = sae.encode_levels(x)
-            for level, acts in enumerate(level_acts):
-                n_firings[level][: acts.shape[-1]] += (acts != 0).reshape(-1, acts.shape[-1]).sum(0)
-            reconstructions = sae.decode_each_level(level_acts)
-            for calculator, reconstruction in zip(explained_variance, reconstructions, strict=True):
-                calculator.add_batch(reconstruction, x)
-            n_seen += x.shape[0]
-            progress.update(x.shape[0])
+            batch = batch[: n_samples - n_seen].to(sae.device)
+            for x in batch.split(samples_a_block(sae.cfg.d_sae)):
+                level_acts = sae.encode_levels(x)
+                for level, acts in enumerate(level_acts):
+                    n_firings[level][: acts.shape[-1]] += (acts != 0).reshape(-1, acts.shape[-1]).sum(0)
+                reconstructions = sae.decode_each_level(level_acts)
+                for calculator, reconstruction in zip(explained_variance, reconstructions, strict=True):
+                    calculator.add_batch(reconstruction, x)
+            n_seen += batch.shape[0]
+            progress.update(batch.shape[0])
             if n_seen >= n_samples:
                 break
     if n_seen == 0:

@@ -4,74 +4,54 @@ The data's way: run file -> SAELens's runner config -> SAELens's runner (model, 
 calibration on fresh activations -> saved folder -> :class:`MatryoshkaSAE` read back from it -> figures a level.
 """
 
-import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens import (
-    SAE,
-    BatchTopKTrainingSAE,
     LanguageModelSAERunnerConfig,
     LanguageModelSAETrainingRunner,
     MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
     SAETrainer,
     TrainingSAE,
-    logger,
 )
-from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
-from sae_lens.synthetic import RUNNER_CONFIG_FILENAME, SyntheticModel, SyntheticSAERunner, SyntheticSAERunnerConfig
+from sae_lens.constants import RUNNER_CFG_FILENAME
+from sae_lens.synthetic import RUNNER_CONFIG_FILENAME
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_matryoshka.calibration import ThresholdCalibration, calibrate_threshold
-from sae_lens_matryoshka.checkpoints import find_checkpoint
+from sae_lens_matryoshka.calibration import ThresholdCalibration
+from sae_lens_matryoshka.checkpoints import find_checkpoint, is_finished, sae_folders
 from sae_lens_matryoshka.config_files import build_runner_configs
-from sae_lens_matryoshka.errors import UserError
-from sae_lens_matryoshka.level_metrics import LevelMetrics, measure_levels
+from sae_lens_matryoshka.errors import ConfigError, UserError
 from sae_lens_matryoshka.output_folders import check_output, staged_folder
-from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, recorded_widths
-from sae_lens_matryoshka.saes.matryoshka_sae_kinds import KINDS
-from sae_lens_matryoshka.saes.nested_training_sae import NestedTrainingSAE
-from sae_lens_matryoshka.synthetic_benchmark import SyntheticScores, plot_scores, score_on_synthetic_model
+from sae_lens_matryoshka.synthetic_runs import train_on_synthetic_model
+from sae_lens_matryoshka.trained_saes import (
+    DEFAULT_SAMPLES,
+    Samples,
+    TrainedSAE,
+    calibrate,
+    keep_configs_of_run,
+    measure_saved,
+    put_sparsity_in_order,
+    read_finished,
+)
 from sae_lens_matryoshka.training.checkpointer import Checkpointer, CheckpointOptions
 from sae_lens_matryoshka.training.data_set import open_data_set
+from sae_lens_matryoshka.training.fused_adam import fuse_adam
+from sae_lens_matryoshka.training.option_checks import check_samples, check_synthetic_options
 from sae_lens_matryoshka.training.resumable_store import take_over_store
 from sae_lens_matryoshka.training.run_folder import checkpoint_folder
 from sae_lens_matryoshka.training.start_checks import check_d_in, loading_errors
-from sae_lens_matryoshka.training.wandb_run import start_wandb
-
-LEVELS_FILENAME = "levels.csv"
-SCORES_FILENAME = "scores.csv"
-SCORES_FIGURE_FILENAME = "scores.png"
-
-
-@dataclass(frozen=True)
-class TrainedSAE:
-    """One SAE that a run has trained and saved."""
-
-    name: str
-    """Its name in the run file; ``sae`` where there is only one."""
-
-    path: Path
-    """The folder it was saved to."""
-
-    calibration: ThresholdCalibration | None
-    """What the calibration changed; None for architectures that need none."""
-
-    levels: list[LevelMetrics]
-    """Figures of the saved SAE, a level each; empty for architectures without levels."""
-
-    scores: SyntheticScores | None = None
-    """How well the features of the synthetic model were found; None for language models."""
+from sae_lens_matryoshka.training.token_ids import check_token_ids
+from sae_lens_matryoshka.training.training_on import StartingPoint, load_starting_point
+from sae_lens_matryoshka.training.wandb_run import wandb_run
 
 
 @dataclass(frozen=True)
@@ -83,14 +63,17 @@ class TrainResult:
 
     saes: list[TrainedSAE] = field(default_factory=list)
 
+    was_finished: bool = False
+    """Whether the run was resumed when everything was there already, so that nothing was done."""
+
 
 def train(
     run: Mapping[str, Any],
     output: str | Path | None = None,
     resume: str | Path | None = None,
     force: bool = False,
-    calibration_samples: int = 100_000,
-    measure_samples: int = 100_000,
+    calibration_samples: int | None = None,
+    measure_samples: int | None = None,
     checkpointing: CheckpointOptions = CheckpointOptions(),  # noqa: B008 it is frozen
 ) -> TrainResult:
     """Train what a run file asks for with SAELens's own runners.
@@ -101,11 +84,13 @@ def train(
     Args:
         run: A run file's contents, see :func:`config_files.read_run_file`.
         output: The folder to write; None takes the run's ``output_path``.
-        resume: A checkpoint folder, ``"auto"`` for the newest complete one under the run's ``checkpoint_path`` that
-            was made with the same settings (none: start afresh), or None to start afresh. New checkpoints go beside it.
+        resume: A checkpoint folder; ``"auto"`` for the newest complete one under the run's ``checkpoint_path`` that the
+            same run has made (none: start afresh), or nothing to do if the output is there; None takes the run's
+            ``resume_from_checkpoint``. New checkpoints go beside it.
         force: Whether a non-empty output folder may be replaced.
-        calibration_samples: Fresh activations to calibrate thresholds on; 0 keeps the running threshold.
-        measure_samples: Fresh activations to measure the levels on.
+        calibration_samples: Fresh activations to calibrate BatchTopK's thresholds on; 0 keeps the running threshold,
+            None takes 100,000.
+        measure_samples: Fresh activations to measure the levels on; None takes 100,000.
         checkpointing: What checkpoints hold and how many are kept.
 
     Raises:
@@ -114,24 +99,48 @@ def train(
             there are numbers that are not finite. The last checkpoint is as it was.
         FileExistsError: If the output folder is not empty and ``force`` is not set.
     """
-    run = dict(run)
-    output_path = Path(output if output is not None else run.get("output_path") or "output")
-    check_output(output_path, force)
-    if resume is not None:
-        run["resume_from_checkpoint"] = find_checkpoint(run, resume)
     configs = build_runner_configs(run)
+    resume = run.get("resume_from_checkpoint") if resume is None else resume
+    check_samples(configs, calibration_samples, measure_samples)
+    samples = Samples(*(DEFAULT_SAMPLES if n is None else n for n in (calibration_samples, measure_samples)))
+    output_path = _output_path(run, output)
+    start = None
+    if isinstance(configs, dict):
+        check_synthetic_options(run, resume, checkpointing)
+        check_output(output_path, force)
+    elif resume == "auto" and not force and is_finished(output_path, configs, samples.calibration):
+        saes = [read_finished(name, folder) for name, folder in sae_folders(output_path, configs).items()]
+        return TrainResult(output_path, saes, was_finished=True)
+    else:
+        check_output(output_path, force)
+        configs.resume_from_checkpoint = None if resume is None else find_checkpoint(configs, resume)
+        start = _starting_point(configs)
     with staged_folder(output_path, force) as staging:
         if isinstance(configs, dict):
-            saes = _train_on_synthetic_model(configs, staging, calibration_samples, measure_samples)
+            saes = train_on_synthetic_model(configs, staging, samples)
         else:
-            samples = (calibration_samples, measure_samples)
-            with checkpoint_folder(configs, run.get("checkpoint_path")), _saving_errors(output_path):
+            with checkpoint_folder(configs), _saving_errors(output_path):
                 if isinstance(configs, MultiSAETrainingRunnerConfig):
-                    saes = _train_several(configs, staging, *samples, checkpointing)
+                    saes = _train_several(configs, staging, samples, checkpointing)
                 else:
-                    saes = [_train_one(configs, staging, *samples, checkpointing)]
+                    saes = [_train_one(configs, staging, samples, checkpointing, start)]
         _record_output_path(staging, output_path)
     return TrainResult(output_path, [replace(sae, path=output_path / sae.path.relative_to(staging)) for sae in saes])
+
+
+def _output_path(run: Mapping[str, Any], output: str | Path | None) -> Path:
+    if output is None and not run.get("output_path", "output"):
+        raise ConfigError(f"output_path={run['output_path']!r}: train writes what it has trained; name a folder.")
+    return Path(output if output is not None else run.get("output_path", "output"))
+
+
+def _starting_point(cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig") -> StartingPoint | None:
+    """The SAE that a run trains on from; None if it starts a new one, or goes on from a checkpoint of its own."""
+    if isinstance(cfg, MultiSAETrainingRunnerConfig) or cfg.from_pretrained_path is None:
+        return None
+    if cfg.resume_from_checkpoint is not None:
+        return None
+    return load_starting_point(cfg.from_pretrained_path, cfg.sae)
 
 
 class CalibratingLanguageModelRunner(LanguageModelSAETrainingRunner):
@@ -140,24 +149,34 @@ class CalibratingLanguageModelRunner(LanguageModelSAETrainingRunner):
     calibration: ThresholdCalibration | None = None
 
     def __init__(
-        self, cfg: LanguageModelSAERunnerConfig[Any], calibration_samples: int, checkpointing: CheckpointOptions
+        self,
+        cfg: LanguageModelSAERunnerConfig[Any],
+        calibration_samples: int,
+        checkpointing: CheckpointOptions,
+        start: StartingPoint | None = None,
     ) -> None:
-        super().__init__(cfg, override_dataset=open_data_set(cfg))
+        sae = None if start is None else start.sae
+        if sae is None and cfg.from_pretrained_path is not None:  # its weights come from the checkpoint
+            sae = TrainingSAE.from_dict(cfg.get_training_sae_cfg_dict())
+        super().__init__(cfg, override_dataset=open_data_set(cfg), override_sae=sae)
+        self.start = start
         self.calibration_samples = calibration_samples
         self.checkpointing = checkpointing
         take_over_store(self, checkpointing.exact, checkpointing.max_buffer_bytes)
 
     @override
     def run(self) -> Any:
-        start_wandb(self.cfg)
-        return super().run()
+        with wandb_run(self.cfg):
+            return super().run()
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> TrainingSAE[Any]:
         fuse_adam(trainer)
         with Checkpointer(trainer, self.checkpointing, self.cfg.resume_from_checkpoint).watching():
+            if self.start is not None:
+                self.start.prepare(trainer)
             sae = trainer.fit()
-        self.calibration = _calibrate(sae, trainer.data_provider, self.calibration_samples)
+        self.calibration = calibrate(sae, trainer.data_provider, self.calibration_samples)
         return sae
 
 
@@ -168,6 +187,7 @@ class CalibratingMultiSAERunner(MultiSAETrainingRunner):
         self, cfg: MultiSAETrainingRunnerConfig, calibration_samples: int, checkpointing: CheckpointOptions
     ) -> None:
         super().__init__(cfg, override_dataset=open_data_set(cfg))
+        keep_configs_of_run(self.saes.values())
         self.calibration_samples = calibration_samples
         self.checkpointing = checkpointing
         self.calibrations: dict[str, ThresholdCalibration | None] = {}
@@ -175,8 +195,8 @@ class CalibratingMultiSAERunner(MultiSAETrainingRunner):
 
     @override
     def run(self) -> dict[str, TrainingSAE[Any]]:
-        start_wandb(self.cfg)
-        return super().run()
+        with wandb_run(self.cfg):
+            return super().run()
 
     @override
     def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> dict[str, TrainingSAE[Any]]:
@@ -186,113 +206,45 @@ class CalibratingMultiSAERunner(MultiSAETrainingRunner):
             saes = trainer.fit()
         for name, sae in saes.items():
             activations = (batch[trainer.hook_names[name]] for batch in trainer.data_provider)
-            self.calibrations[name] = _calibrate(sae, activations, self.calibration_samples)
+            self.calibrations[name] = calibrate(sae, activations, self.calibration_samples)
         return saes
 
 
 def _train_one(
     cfg: LanguageModelSAERunnerConfig[Any],
     staging: Path,
-    calibration_samples: int,
-    measure_samples: int,
+    samples: Samples,
     checkpointing: CheckpointOptions,
+    start: StartingPoint | None,
 ) -> TrainedSAE:
     cfg.output_path = str(staging)
     torch.manual_seed(cfg.seed)
     with loading_errors(cfg):
-        runner = CalibratingLanguageModelRunner(cfg, calibration_samples, checkpointing)
+        runner = CalibratingLanguageModelRunner(cfg, samples.calibration, checkpointing, start)
+    check_token_ids(cfg, runner.model)
     check_d_in(runner.activations_store, {cfg.hook_name: cfg.sae.d_in})
-    _put_sparsity_in_order(staging, runner.run())
-    levels = _measure_saved(staging, runner.activations_store, measure_samples, cfg.device)
+    put_sparsity_in_order(staging, runner.run())
+    levels = measure_saved(staging, runner.activations_store, samples.measuring, cfg.device)
     return TrainedSAE("sae", staging, runner.calibration, levels)
 
 
 def _train_several(
-    cfg: MultiSAETrainingRunnerConfig,
-    staging: Path,
-    calibration_samples: int,
-    measure_samples: int,
-    checkpointing: CheckpointOptions,
+    cfg: MultiSAETrainingRunnerConfig, staging: Path, samples: Samples, checkpointing: CheckpointOptions
 ) -> list[TrainedSAE]:
     cfg.output_path = str(staging)
     torch.manual_seed(cfg.seed)
     with loading_errors(cfg):
-        runner = CalibratingMultiSAERunner(cfg, calibration_samples, checkpointing)
+        runner = CalibratingMultiSAERunner(cfg, samples.calibration, checkpointing)
+    check_token_ids(cfg, runner.model)
     check_d_in(runner.activations_store, {hook: cfg.saes[name].d_in for name, hook in cfg.hook_names_per_sae.items()})
     saes = runner.run()
     trained: list[TrainedSAE] = []
     for name, hook_name in cfg.hook_names_per_sae.items():
-        _put_sparsity_in_order(staging / name, saes[name])
+        put_sparsity_in_order(staging / name, saes[name])
         activations = (batch[hook_name] for batch in runner.activations_store.get_multi_hook_data_loader())
-        levels = _measure_saved(staging / name, activations, measure_samples, cfg.device)
+        levels = measure_saved(staging / name, activations, samples.measuring, cfg.device)
         trained.append(TrainedSAE(name, staging / name, runner.calibrations[name], levels))
     return trained
-
-
-def _train_on_synthetic_model(
-    configs: dict[str, SyntheticSAERunnerConfig[Any]], staging: Path, calibration_samples: int, measure_samples: int
-) -> list[TrainedSAE]:
-    first = next(iter(configs.values()))
-    synthetic_model = SyntheticModel.load_from_source(first.synthetic_model, device=first.device)
-    trained: list[TrainedSAE] = []
-    for name, cfg in configs.items():
-        path = staging / name if len(configs) > 1 else staging
-        cfg.output_path = str(path)
-        # every SAE starts from the same seed and sees the same samples
-        torch.manual_seed(synthetic_model.cfg.seed or 0)
-        logger.info(f"Training {name} on the synthetic model")
-        sae = SyntheticSAERunner(cfg, override_synthetic_model=synthetic_model).run().sae
-        calibration = _calibrate(sae, _samples(synthetic_model, cfg.batch_size), calibration_samples)
-        sae.save_inference_model(path)  # again, now with the calibrated threshold
-        _put_sparsity_in_order(path, sae)
-        levels = _measure_saved(path, _samples(synthetic_model, cfg.batch_size), measure_samples, cfg.device)
-        scores = score_on_synthetic_model(
-            SAE.load_from_disk(path, device=cfg.device), synthetic_model, cfg.eval_samples
-        )
-        trained.append(TrainedSAE(name, path, calibration, levels, scores))
-    scores_by_name = {sae.name: sae.scores for sae in trained if sae.scores is not None}
-    _write_csv(staging / SCORES_FILENAME, [{"sae": name, **asdict(s)} for name, s in scores_by_name.items()])
-    plot_scores(scores_by_name, staging / SCORES_FIGURE_FILENAME)
-    return trained
-
-
-def _samples(synthetic_model: SyntheticModel, batch_size: int) -> Iterator[Tensor]:
-    while True:
-        yield synthetic_model.sample(batch_size)
-
-
-def _calibrate(
-    sae: TrainingSAE[Any], activations: Iterable[Tensor], calibration_samples: int
-) -> ThresholdCalibration | None:
-    if calibration_samples == 0 or not isinstance(sae, BatchTopKTrainingSAE):
-        return None
-    return calibrate_threshold(sae, activations, calibration_samples)
-
-
-def _measure_saved(path: Path, activations: Iterable[Tensor], n_samples: int, device: str) -> list[LevelMetrics]:
-    """Measure what was saved, read back as a user would, and write the figures beside it."""
-    sae = SAE.load_from_disk(path, device=device)
-    if sae.cfg.architecture() not in KINDS:
-        return []
-    widths = recorded_widths(sae.cfg.to_dict()) or [sae.cfg.d_sae]
-    levels = measure_levels(MatryoshkaSAE.from_sae(sae, widths), activations, n_samples)
-    _write_csv(path / LEVELS_FILENAME, [asdict(level) for level in levels])
-    return levels
-
-
-def _put_sparsity_in_order(path: Path, sae: TrainingSAE[Any]) -> None:
-    """SAELens saves its statistics in the order of training; a saved SAE's latents may have been put in another."""
-    order = sae.latent_order if isinstance(sae, NestedTrainingSAE) else None
-    if order is not None:
-        sparsity = {name: values[order.cpu()] for name, values in load_file(path / SPARSITY_FILENAME).items()}
-        save_file(sparsity, path / SPARSITY_FILENAME)
-
-
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _record_output_path(staging: Path, output: Path) -> None:
@@ -303,12 +255,6 @@ def _record_output_path(staging: Path, output: Path) -> None:
             written = Path(runner_cfg["output_path"])
             runner_cfg["output_path"] = str(output / written.relative_to(staging))
             path.write_text(json.dumps(runner_cfg, indent=2), encoding="utf-8")
-
-
-def fuse_adam(trainer: SAETrainer[Any, Any]) -> None:
-    """Let torch update each parameter in one pass instead of ten; the same numbers (benchmarks/README.md)."""
-    for group in trainer.optimizer.param_groups:
-        group["fused"] = True
 
 
 @contextmanager

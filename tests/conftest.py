@@ -29,6 +29,14 @@ def tinystories() -> Path:
     return TINYSTORIES
 
 
+def real_model(name: str) -> Path:
+    """The folder of a real language model, or the test is skipped."""
+    folder = Path(os.environ.get("REAL_MODELS", "~/.cache/real-models")).expanduser() / name
+    if not folder.is_dir():
+        pytest.skip(f"the real model is not at {folder}; REAL_MODELS names another folder")
+    return folder
+
+
 @pytest.fixture
 def matryoshka_sae() -> MatryoshkaJumpReLUSAE:
     """An SAE with random parameters, a threshold a latent and levels 1, 3, 8 and 20 wide."""

@@ -1,6 +1,7 @@
 """The calibrated threshold against the definition: count what fires on the same samples."""
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from sae_lens_matryoshka import (
     MatryoshkaTrainingSAEConfig,
     calibrate_threshold,
 )
+from sae_lens_matryoshka.ops import selection
 from tests.conftest import random_matryoshka_sae
+from tests.largest_array import LargestArray
 
 
 def _batches(n_batches: int = 4, batch_size: int = 50, d_in: int = 6) -> list[Tensor]:
@@ -71,6 +74,33 @@ def test_a_training_sae_is_saved_with_the_calibrated_threshold(plugin: bool, res
     calibrate_threshold(sae, _batches(), 200)
     saved = MatryoshkaSAE.from_sae(sae, widths=[20])
     assert _mean_l0(saved, _batches()) == pytest.approx(3, abs=0.02)
+
+
+@pytest.mark.parametrize("plugin", [True, False])
+def test_chunks_of_columns_give_the_same_and_bound_the_memory(plugin: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(selection, "CHUNK_ELEMENTS", 50_000)
+    torch.manual_seed(0)
+    sae = MatryoshkaTrainingSAE(MatryoshkaTrainingSAEConfig(6, 500, k=2, matryoshka_widths=[500]))
+    sae.topk_threshold += 1.5
+    if not plugin:
+        sae = MatryoshkaSAE.from_sae(sae)
+    batches = _batches(4, batch_size=1000)
+    with LargestArray() as largest:
+        calibration = calibrate_threshold(sae, batches, 4000)  # type: ignore[arg-type]
+    # a chunk of pre-activations, and the largest values so far with those of a chunk
+    assert largest.n_elements <= 2 * 2 * 4000 + 50_000
+    saved = MatryoshkaSAE.from_sae(sae)
+    assert _mean_l0(saved, batches) == pytest.approx(2, abs=1e-3) == calibration.l0_after
+
+
+def test_a_latent_that_never_fires_stays_silent(matryoshka_sae: MatryoshkaJumpReLUSAE):
+    with torch.no_grad():
+        matryoshka_sae.threshold[3] = torch.inf
+    calibration = calibrate_threshold(matryoshka_sae, _batches(), 200, target_l0=20)  # more than can fire
+    assert math.isfinite(calibration.shift)
+    acts = matryoshka_sae.encode(torch.cat(_batches()))
+    assert not acts[:, 3].any()
+    assert (acts != 0).sum().item() / 200 == pytest.approx(calibration.l0_after)
 
 
 def test_k_is_read_from_the_metadata_of_a_saved_sae():

@@ -11,6 +11,7 @@ from sae_lens.synthetic import SyntheticSAERunnerConfig
 from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig, paper_widths
 from sae_lens_matryoshka.config_files import ConfigError, build_runner_configs, embedded_run_files, read_run_file
 from sae_lens_matryoshka.registration import TRAINING_CLASSES
+from sae_lens_matryoshka.run_file_saes import named_saes
 
 RUN: dict[str, Any] = {
     "model_name": "some/model",
@@ -43,7 +44,7 @@ def test_embedded_run_files_build(name: str):
 
 def test_every_variant_has_a_run_file():
     runs = [read_run_file(name) for name in embedded_run_files()]
-    architectures = {sae["architecture"] for run in runs for sae in run.get("saes", [run.get("sae")])}
+    architectures = {sae["architecture"] for run in runs for sae in named_saes(run).values()}
     assert {config_class.architecture() for _, config_class in TRAINING_CLASSES} <= architectures
 
 
@@ -89,7 +90,7 @@ def test_settings_change_fields_at_any_depth(tmp_path: Path):
         ("=3", "not of the form key.sub=value"),
         ("lr=[", "not valid YAML"),
         ("model_name.x=3", "reaches into model_name, a plain value"),
-        ("saes.2.k=3", "needs an index from 0 to 0 in place of '2'"),
+        ("saes.2.k=3", r"needs an index from 0 to 0 or a name \(matryoshka_k1\) in place of '2'"),
     ],
 )
 def test_unusable_settings(setting: str, message: str, tmp_path: Path):
@@ -128,6 +129,23 @@ def test_unusable_files(tmp_path: Path):
         ({"sae": {**RUN["sae"], "matryoshka_widths": "8,64"}}, r"sae.matryoshka_widths='8,64' must be list\[int\]"),
         ({"sae": {"architecture": "matryoshka", "d_in": 8, "k": 4}}, r"sae: missing 1 required .*'d_sae'"),
         ({"sae": 3}, "sae=3 must be a mapping"),
+        ({"sae": {**RUN["sae"], "device": "cpu"}}, "sae.device is not used; set device, which is the SAE's too"),
+        ({"sae": {**RUN["sae"], "metadata": {}}}, "sae.metadata is not used; set nothing: the run writes it"),
+        ({"exclude_special_tokens": [3, -1]}, r"exclude_special_tokens=\[3, -1\]: -1 is no token id"),
+        ({"exclude_special_tokens": [10**12]}, "1000000000000 is no token id"),
+        ({"sequence_separator_token": -1}, "sequence_separator_token=-1: -1 is no token id"),
+        (
+            {"logger": {"wandb_id": "../../elsewhere"}},
+            r"logger.wandb_id='../../elsewhere' cannot be used, since it holds '/'",
+        ),
+        ({"hook_eval": "h"}, "hook_eval='h' is not used by SAELens. --unset hook_eval takes it out"),
+        ({"logger": {"log_optimizer_state_to_wandb": True}}, "logger.log_optimizer_state_to_wandb=True is not used"),
+        ({"lr_end": 1e-5}, "lr_end=1e-05 is only used with lr_scheduler_name=cosineannealing or"),
+        ({"cached_activations_path": "x"}, "cached_activations_path='x' is only used with use_cached_activations=true"),
+        (
+            {"sae": {"architecture": "jumprelu", "d_in": 8, "d_sae": 64, "target_l0": 5}},
+            "sae.target_l0=5 is only used with sae.jumprelu_sparsity_loss_mode=quadratic",
+        ),
         ({"device": "cuda:7"}, "no CUDA device; set device=cpu"),
         ({"model_name": "./nowhere"}, "model_name='./nowhere' looks like a local path, but nothing is there"),
         ({"dataset_path": "/nowhere"}, "dataset_path='/nowhere' looks like a local path"),
@@ -149,6 +167,11 @@ def test_mistakes_in_a_language_model_run(changed: dict[str, Any], message: str)
             pytest.skip("this machine has a CUDA device")
     with pytest.raises(ConfigError, match=message):
         build_runner_configs({**RUN, **changed})
+
+
+def test_fields_that_are_used_with_another_one_are_taken_then():
+    build_runner_configs({**RUN, "lr_scheduler_name": "CosineAnnealing", "lr_end": 1e-5})
+    build_runner_configs({**RUN, "hook_eval": "NOT_IN_USE", "n_restart_cycles": 1, "lr_end": None})  # their defaults
 
 
 def test_a_run_without_an_sae():

@@ -21,8 +21,8 @@ from sae_lens import ActivationsStore, SAETrainer
 
 from sae_lens_matryoshka import runner as runner_module
 from sae_lens_matryoshka.checkpoints import find_checkpoint
-from sae_lens_matryoshka.config_files import ConfigError
-from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.config_files import build_runner_configs
+from sae_lens_matryoshka.errors import ConfigError, UserError
 from sae_lens_matryoshka.runner import train
 from sae_lens_matryoshka.training.checkpointer import CheckpointOptions
 from tests.tiny_runs import assert_same_saes, tiny_multi_run, tiny_run
@@ -172,6 +172,13 @@ def checkpointed(tinystories: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return run, folder / "checkpoints"
 
 
+def _found(run: dict[str, Any], resume: str | Path, **changes: Any) -> str | None:
+    """The checkpoint that a run on a language model would resume from."""
+    cfg = build_runner_configs({**run, **changes})
+    assert not isinstance(cfg, dict)
+    return find_checkpoint(cfg, resume)
+
+
 def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -205,12 +212,12 @@ def test_a_damaged_checkpoint_is_passed_over_by_auto_and_refused_by_name(
     folder = tmp_path / "checkpoints"
     shutil.copytree(original, folder)
     older, newest = _checkpoints(folder)[-2:]
-    assert find_checkpoint({**run, "checkpoint_path": str(folder)}, "auto") == str(newest)
+    assert _found(run, "auto", checkpoint_path=str(folder)) == str(newest)
     damage(newest / file)
     with pytest.raises(ConfigError, match=f"is not a complete SAELens checkpoint .{reason}"):
-        find_checkpoint(run, newest)
+        _found(run, newest)
     with caplog.at_level(logging.WARNING):
-        assert find_checkpoint({**run, "checkpoint_path": str(folder)}, "auto") == str(older)
+        assert _found(run, "auto", checkpoint_path=str(folder)) == str(older)
     assert f"{newest} is passed over" in caplog.text
 
 
@@ -219,23 +226,48 @@ def test_a_truncated_checkpoint_of_saelens_own(checkpointed: tuple[dict[str, Any
     checkpoint = tmp_path / "512"
     shutil.copytree(_checkpoints(checkpointed[1])[0], checkpoint)
     (checkpoint / "checkpoint.json").unlink()
-    assert find_checkpoint(checkpointed[0], checkpoint) == str(checkpoint)
+    assert _found(checkpointed[0], checkpoint) == str(checkpoint)
     _truncate(checkpoint / file)
     with pytest.raises(ConfigError, match=f"{file} is damaged"):
-        find_checkpoint(checkpointed[0], checkpoint)
+        _found(checkpointed[0], checkpoint)
 
 
 def test_only_a_checkpoint_of_the_same_run_is_resumed_from(
-    checkpointed: tuple[dict[str, Any], Path], caplog: pytest.LogCaptureFixture
+    checkpointed: tuple[dict[str, Any], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     run, folder = checkpointed
     newest = str(_checkpoints(folder)[-1])
-    assert find_checkpoint({**run, "training_tokens": 10**6, "output_path": "x", "device": "auto"}, "auto") == newest
-    for change in ({"lr": 0.5}, {"dataset_path": "x"}, {"hook_name": "x"}, {"sae": {**run["sae"], "k": 9}}):
-        assert find_checkpoint({**run, **change}, "auto") is None
-    with caplog.at_level(logging.WARNING):
-        assert find_checkpoint({**run, "lr": 0.5, "sae": {**run["sae"], "k": 9}}, newest) == newest
-    assert "was made with other settings of lr, sae.k" in caplog.text
+    with caplog.at_level(logging.INFO):
+        assert _found(run, "auto", output_path="x", n_checkpoints=0, logger={"wandb_id": "x"}) == newest
+    assert f"Continuing from {newest}." in caplog.text
+    without_k = {key: value for key, value in run["sae"].items() if key != "k"}
+    for change, differs in (
+        ({"lr": 0.5}, "lr, lr_end"),
+        ({"dataset_path": "x"}, "dataset_path"),
+        ({"hook_name": "x"}, "hook_name"),
+        ({"autocast": True}, "autocast"),
+        ({"training_tokens": 10**6}, "training_tokens"),  # the learning rate's decay was laid out for fewer
+        ({"sae": {**run["sae"], "k": 9}}, "sae.k"),
+        ({"sae": without_k}, "sae.k"),  # a field that is left out is one with its default
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert _found(run, "auto", **change) is None
+        assert f"Starting afresh, because {newest} was made with other settings of {differs}." in caplog.text
+        with pytest.raises(ConfigError, match=f"was made with other settings of {differs}, and a resumed run goes on"):
+            _found(run, newest, **change)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert _found(run, "auto", checkpoint_path=None) is None
+        assert _found(run, "auto", checkpoint_path=str(folder / "empty")) is None
+    assert "Starting afresh, because checkpoint_path is null." in caplog.text
+    assert f"Starting afresh, because there is no checkpoint below {folder / 'empty'}." in caplog.text
+    with pytest.raises(ConfigError, match=r"nowhere is not a complete SAELens checkpoint \(there is no such"):
+        train({**run, "resume_from_checkpoint": "nowhere"}, output=tmp_path / "out")  # the same as --resume
+    final = tmp_path / "final_2560"
+    shutil.copytree(newest, final)
+    with pytest.raises(ConfigError, match="is a finished SAE, with the normalization of its input folded in"):
+        _found(run, final)
 
 
 def test_what_killed_runs_have_left_is_removed_and_what_live_ones_write_is_not(

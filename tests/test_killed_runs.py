@@ -15,7 +15,7 @@ from sae_lens import SAETrainer
 
 from sae_lens_matryoshka import runner as runner_module
 from sae_lens_matryoshka.runner import train
-from tests.tiny_runs import assert_same_saes, tiny_multi_run, tiny_run, tiny_sae
+from tests.tiny_runs import assert_same_saes, interrupt_at_step, tiny_multi_run, tiny_run, tiny_sae
 
 SAMPLES: Any = {"calibration_samples": 1000, "measure_samples": 1000}
 
@@ -71,24 +71,6 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
     assert all(path.name.isdecimal() for path in folders[0].iterdir()), "nothing unfinished is left"
 
 
-def _interrupt_at_step(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals = signal.SIGTERM) -> None:
-    """Have the process get a signal in the middle of a training step."""
-    original = runner_module.fuse_adam
-
-    def fuse_adam(trainer: SAETrainer[Any, Any]) -> None:
-        original(trainer)
-        train_step = trainer.step
-
-        def interrupted(batch: Any) -> Any:
-            if trainer.n_training_steps == step:
-                signal.raise_signal(number)
-            return train_step(batch)
-
-        trainer.step = interrupted
-
-    monkeypatch.setattr(runner_module, "fuse_adam", fuse_adam)
-
-
 @pytest.mark.parametrize(
     ("sae", "changes"),
     [
@@ -121,13 +103,15 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
     if settings["architecture"] == "matryoshka_topk":
         del settings["use_matryoshka_aux_loss"]
     run = tiny_run(tinystories, tmp_path / "checkpoints", sae=settings, **changes)
-    expected = train({**run, "checkpoint_path": None}, output=tmp_path / "uninterrupted", **SAMPLES).output
+    has_threshold = settings["architecture"] in ("matryoshka", "matryoshka_batchtopk")
+    samples: Any = SAMPLES if has_threshold else {"measure_samples": 1000}
+    expected = train({**run, "checkpoint_path": None}, output=tmp_path / "uninterrupted", **samples).output
     with monkeypatch.context() as patch:
-        _interrupt_at_step(patch, step)
+        interrupt_at_step(patch, step)
         with pytest.raises(KeyboardInterrupt):
-            train(run, output=tmp_path / "out", **SAMPLES)
+            train(run, output=tmp_path / "out", **samples)
     [checkpoint] = (tmp_path / "checkpoints").glob(f"*/{(step + 1) * 128}")
-    result = train(run, output=tmp_path / "out", resume="auto", **SAMPLES)
+    result = train(run, output=tmp_path / "out", resume="auto", **samples)
     assert_same_saes(expected, result.output)
     # thresholds that the first part had passed are not passed again
     assert (

@@ -1,9 +1,13 @@
 """Figures of levels against plain float64 PyTorch."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from sae_lens_matryoshka import MatryoshkaJumpReLUSAE, measure_levels
+from sae_lens_matryoshka import MatryoshkaJumpReLUSAE, MatryoshkaSAE, level_metrics, measure_levels
+from sae_lens_matryoshka.registration import TRAINING_CLASSES
+from tests.largest_array import LargestArray
 
 
 def test_figures_against_float64(matryoshka_sae: MatryoshkaJumpReLUSAE):
@@ -28,3 +32,19 @@ def test_the_stream_may_end_early_but_not_be_empty(matryoshka_sae: MatryoshkaJum
     assert len(measure_levels(matryoshka_sae, [torch.randn(10, 6)], n_samples=100)) == 4
     with pytest.raises(ValueError, match="no activations"):
         measure_levels(matryoshka_sae, [])
+
+
+@pytest.mark.parametrize(("sae_class", "config_class"), TRAINING_CLASSES)
+def test_blocks_give_the_same_and_bound_the_memory(sae_class: Any, config_class: Any, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    sae = MatryoshkaSAE.from_sae(sae_class(config_class(d_in=6, d_sae=500, matryoshka_widths=[20, 100, 500])))
+    batches = [torch.randn(1000, 6) for _ in range(2)]
+    whole = measure_levels(sae, batches)
+    monkeypatch.setattr(level_metrics, "MOST_ACTIVATIONS", 500 * 70)
+    with LargestArray() as largest:
+        in_blocks = measure_levels(sae, batches)
+    # the activations, and what levels reconstruct: never a whole batch of either
+    assert largest.n_elements <= max(500 * 70, 3 * 70 * 6, 1000 * 6)
+    for one, other in zip(whole, in_blocks, strict=True):
+        assert (one.l0, one.dead) == (other.l0, other.dead)
+        assert other.fvu == pytest.approx(one.fvu, rel=1e-5)

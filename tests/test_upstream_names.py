@@ -1,11 +1,16 @@
 """The private names of SAELens that we rely on still exist, and still mean the same."""
 
 import inspect
+import re
+from pathlib import Path
 
 import pytest
+import sae_lens
 from sae_lens import ActivationsStore, LanguageModelSAETrainingRunner, MultiSAETrainingRunner, SAETrainer
 from sae_lens.tokenization_and_batching import _add_tokens_to_batch
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+
+from sae_lens_matryoshka.config_files import NEVER_READ
 
 
 def test_multi_sae_runner_trains_between_construction_and_saving():
@@ -54,6 +59,13 @@ def test_the_store_reads_rows_sequences_and_activations_through_the_methods_that
         "begin_sequence_token_id",
         "sequence_separator_token_id",
     ]
+
+
+def test_fields_that_we_refuse_are_read_nowhere():
+    sources = [path.read_text(encoding="utf-8") for path in Path(sae_lens.__file__).parent.rglob("*.py")]
+    for field in NEVER_READ:
+        readers = [source for source in sources if re.search(rf"\.{field}\b|{field}=", source)]
+        assert readers == [] or field == "hook_eval"  # which SAELens reads to warn that it does not use it
 
 
 @pytest.mark.parametrize("trainer", [SAETrainer, MultiSAETrainer])

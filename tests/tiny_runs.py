@@ -1,13 +1,17 @@
 """Run files small enough to train in a second or two on the TinyStories model."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from sae_lens import SAETrainer
 from safetensors.torch import load_file
 from torch import Tensor, equal
 
+from sae_lens_matryoshka import runner as runner_module
 from sae_lens_matryoshka.runner import train
 from sae_lens_matryoshka.training.checkpointer import CheckpointOptions
 
@@ -111,3 +115,21 @@ def trained_weights(run: dict[str, Any], output: Path, exact: bool = True) -> di
 def assert_equal_weights(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert ours.keys() == expected.keys()
     assert all(ours[name].equal(weights) for name, weights in expected.items())
+
+
+def interrupt_at_step(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Have the process get a signal in the middle of a training step."""
+    original = runner_module.fuse_adam
+
+    def fuse_adam(trainer: SAETrainer[Any, Any]) -> None:
+        original(trainer)
+        train_step = trainer.step
+
+        def interrupted(batch: Any) -> Any:
+            if trainer.n_training_steps == step:
+                signal.raise_signal(number)
+            return train_step(batch)
+
+        trainer.step = interrupted
+
+    monkeypatch.setattr(runner_module, "fuse_adam", fuse_adam)

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lens_matryoshka.bench.activation_source import ActivationSource
-from sae_lens_matryoshka.bench.cache import Entry, content_hash
+from sae_lens_matryoshka.bench.cache import Entry
 from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView, SharedEncoder
 from sae_lens_matryoshka.bench.evaluation import Evaluation
 from sae_lens_matryoshka.bench.upstream import (
@@ -70,14 +70,16 @@ class Absorption(Evaluation[AbsorptionEvalConfig]):
                 f"prompt_token_pos={self.config.prompt_token_pos} must count from the end, since examples come first: "
                 "-1 is the last token."
             )
-        self._prompts: dict[tuple[int, Hook], WordPrompts] = {}
+        self._prompts: dict[Hook, WordPrompts] = {}
+
+    def begin(self, source: ActivationSource) -> None:
+        super().begin(source)
+        self._prompts = {}  # of another model, or of this one before it was changed
 
     def evaluate(
         self, group: Sequence[EvaluatedSAE], hook: Hook, source: ActivationSource
     ) -> Iterator[tuple[EvaluatedSAE, AbsorptionEvalOutput]]:
-        prompts = self._prompts.setdefault(
-            (id(source), hook), WordPrompts(source.model, hook, self.config.prompt_token_pos)
-        )
+        prompts = self._prompts.setdefault(hook, WordPrompts(source.model, hook, self.config.prompt_token_pos))
         letters = self._first_letters(prompts, source)
         whole = SAEView(group[0].sae, hook, source.name)
         encoder = SharedEncoder(whole)
@@ -151,7 +153,6 @@ class Absorption(Evaluation[AbsorptionEvalConfig]):
             prompt_template=config.prompt_template,
             prompt_token_pos=config.prompt_token_pos,
             seed=config.random_seed,
-            vocabulary=content_hash(sorted(prompts.tokenizer.get_vocab())),  # type: ignore[union-attr]
         )
         return _FirstLetters.from_entry(source.cache.get_or_compute(key, compute))
 
@@ -229,13 +230,18 @@ class Absorption(Evaluation[AbsorptionEvalConfig]):
                     mean_absorption_fraction_score=statistics.mean(fractions),
                     mean_full_absorption_score=statistics.mean(rates),
                     mean_num_split_features=statistics.mean(splits),
-                    std_dev_absorption_fraction_score=statistics.stdev(fractions),
-                    std_dev_full_absorption_score=statistics.stdev(rates),
-                    std_dev_num_split_features=statistics.stdev(splits),
+                    std_dev_absorption_fraction_score=_deviation(fractions),
+                    std_dev_full_absorption_score=_deviation(rates),
+                    std_dev_num_split_features=_deviation(splits),
                 )
             ),
             eval_result_details=details,
         )
+
+
+def _deviation(values: list[float]) -> float:
+    """The standard deviation over letters; SAEBench's schema wants a number for a single one too."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ activations are mean(x) - mean(f)[ablated] @ W_dec[ablated]. So SAEBench's funct
 tokens, wrapped so that their own encoding step finds the latents at hand, and everything is encoded once.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lens_matryoshka.bench.activation_source import ActivationSource, PooledLatents, Split, TextSpec
+from sae_lens_matryoshka.bench.activation_source import ActivationSource, PooledLatents, TextActivations, TextSpec
 from sae_lens_matryoshka.bench.cache import Entry
 from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView, SharedEncoder
 from sae_lens_matryoshka.bench.evaluation import Evaluation
@@ -31,7 +31,6 @@ from sae_lens_matryoshka.bench.upstream import (
     TppMetricCategories,
     TppMetrics,
     TppResultDetail,
-    activation_collection,
     dataset_info,
     general_utils,
     probe_training,
@@ -128,7 +127,7 @@ class ConceptErasure(Evaluation[ScrAndTppEvalConfig]):
 
         def compute() -> Entry:
             seed_everything(config.random_seed)
-            mean = _mean_activations(source.of_text(task.spec))
+            mean = source.of_text(task.spec).map(TextActivations.means)
             with torch.enable_grad():
                 probes, _ = probe_training.train_probe_on_activations(
                     mean.train,
@@ -200,7 +199,7 @@ class ConceptErasure(Evaluation[ScrAndTppEvalConfig]):
                     probes,
                     view,  # type: ignore[arg-type]
                     config.sae_batch_size,
-                    source.of_text(task.spec).test,
+                    {label: of_class.padded() for label, of_class in source.of_text(task.spec).test.items()},
                     effects,
                     n_values,
                     task.classes,
@@ -230,7 +229,7 @@ class ConceptErasure(Evaluation[ScrAndTppEvalConfig]):
         per_class: dict[str, dict[str, Accuracies]],
     ) -> ScrEvalOutput | TppEvalOutput:
         mean = general_utils.average_results_dictionaries(results, [name.removesuffix("_results") for name in results])
-        fields: dict[str, Any] = {**self.common_fields(sae, view), "eval_config": self.config_for(sae)}
+        fields = self.common_fields(sae, view)
         if self._scr:
             return ScrEvalOutput(
                 **fields,
@@ -308,26 +307,19 @@ def _without(ablated: Tensor, means: Mapping[str, _Means], view: SAEView) -> dic
     }
 
 
-def _mean_activations(activations: Split) -> Split:
-    mean: Callable[[dict[str, Tensor]], dict[str, Tensor]] = activation_collection.create_meaned_model_activations
-    return Split(mean(activations.train), mean(activations.test))
-
-
 def _of_level(pooled: PooledLatents, encoder: SharedEncoder, level: int | None) -> PooledLatents:
-    def cut(latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {label: encoder.of_level(of_class, level) for label, of_class in latents.items()}
+    def cut(latents: Tensor) -> Tensor:
+        return encoder.of_level(latents, level)
 
-    texts = Split(cut(pooled.of_texts.train), cut(pooled.of_texts.test))
-    return PooledLatents(texts, encoder.of_level(pooled.of_nothing, level))
+    return PooledLatents(pooled.of_texts.map(cut), cut(pooled.of_nothing))
 
 
 def _test_means(source: ActivationSource, spec: TextSpec, pooled: PooledLatents) -> dict[str, _Means]:
     """SAEBench ablates at padding too, where the activations are zero but latents may fire; so these are added."""
-    activations = source.of_text(spec).test
     means: dict[str, _Means] = {}
-    for label, mean in activation_collection.create_meaned_model_activations(activations).items():
-        is_real = activations[label].sum(dim=-1) != 0
-        padding_a_real_token = (~is_real).sum(dim=1) / is_real.sum(dim=1)
-        latents = pooled.of_texts.test[label] + padding_a_real_token[:, None] * pooled.of_nothing
-        means[label] = _Means(mean[:, None], latents[:, None])
+    for label, activations in source.of_text(spec).test.items():
+        n_counted = activations.n_counted
+        padding_a_token = (activations.context_length - n_counted) / n_counted
+        latents = pooled.of_texts.test[label] + padding_a_token[:, None] * pooled.of_nothing
+        means[label] = _Means(activations.means()[:, None], latents[:, None])
     return means

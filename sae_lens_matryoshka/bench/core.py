@@ -3,6 +3,7 @@
 import dataclasses
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,20 @@ import torch
 from datasets import IterableDataset
 from jaxtyping import Int
 from pydantic import TypeAdapter
-from sae_lens import ActivationsStore
+from sae_lens import SAE, ActivationsStore
 from sae_lens.evals import ExplainedVarianceCalculator
+from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
 from sae_lens_matryoshka.bench.activation_source import ActivationSource
 from sae_lens_matryoshka.bench.cache import Entry
 from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView
 from sae_lens_matryoshka.bench.evaluation import Evaluation
+from sae_lens_matryoshka.bench.fingerprints import path_hash
 from sae_lens_matryoshka.bench.labelled_text import fetching
 from sae_lens_matryoshka.bench.upstream import CoreEvalConfig, CoreEvalOutput, core_main
 from sae_lens_matryoshka.data_files import READERS
+from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.training.data_set import open_text_file
 
 Tokens = Int[Tensor, "batches prompts context"]
@@ -41,20 +45,37 @@ class Core(Evaluation[CoreEvalConfig]):
     Args:
         config: SAEBench's config; None takes its defaults. Its output needs every metric, so all ``compute_*`` are on.
             Its ``dataset`` is a name on the Hugging Face Hub, or the path of a local data set or of a file.
+        follow_training: Whether an SAE that was trained without special tokens (``exclude_special_tokens``) does not
+            reconstruct them here either, whatever the config's ``exclude_special_tokens_from_reconstruction`` says.
+            SAEBench does what its config says, which by default lets such an SAE replace activations it never saw.
     """
 
     name = "core"
     output_type = CoreEvalOutput
 
-    def __init__(self, config: CoreEvalConfig | None = None) -> None:
+    def __init__(self, config: CoreEvalConfig | None = None, follow_training: bool = True) -> None:
         config = config or CoreEvalConfig()
         everything = {field.name: True for field in dataclasses.fields(config) if field.name.startswith("compute_")}
         super().__init__(dataclasses.replace(config, **everything))
+        self.follow_training = follow_training
+
+    def config_for(self, sae: EvaluatedSAE) -> CoreEvalConfig:
+        if not self.follow_training or not sae.sae.cfg.metadata.exclude_special_tokens:
+            return self.config
+        return dataclasses.replace(self.config, exclude_special_tokens_from_reconstruction=True)
+
+    def text_hash(self) -> str | None:
+        """A name for the contents of local text; None for a data set on the Hub, which its name stands for."""
+        path = Path(self.config.dataset)
+        return path_hash(path) if path.exists() else None
+
+    def inputs(self) -> dict[str, Any]:
+        return {**super().inputs(), "text": self.text_hash()}
 
     def evaluate(
         self, group: Sequence[EvaluatedSAE], hook: Hook, source: ActivationSource
     ) -> Iterator[tuple[EvaluatedSAE, CoreEvalOutput]]:
-        special = {getattr(source.model.tokenizer, f"{kind}_token_id") for kind in ("pad", "eos", "bos")}
+        special = _special_tokens(group[0].sae, source)
         for sae in group:
             view = self.view(sae, hook, source)
             reconstruction, variance = self._tokens(view, source)
@@ -62,8 +83,8 @@ class Core(Evaluation[CoreEvalConfig]):
                 view,  # type: ignore[arg-type]
                 _RecordedTokens(reconstruction, variance),  # type: ignore[arg-type]
                 source.model,  # type: ignore[arg-type]
-                self.config,
-                ignore_tokens=special,
+                self.config_for(sae),
+                ignore_tokens=special,  # type: ignore[arg-type]
             )
             scalar_metrics["misc_metrics"] = core_main.calculate_misc_metrics(feature_metrics)
             explained = _explained_variance(view, hook, source, variance, special)
@@ -74,13 +95,13 @@ class Core(Evaluation[CoreEvalConfig]):
         config = self.config
 
         def compute() -> Entry:
-            with fetching(config.dataset):
+            n_tokens = config.batch_size_prompts * config.context_size
+            with fetching(config.dataset), _too_short(config.dataset, n_tokens):
                 store = ActivationsStore.from_sae(
                     source.model,  # type: ignore[arg-type]
                     view,  # type: ignore[arg-type]
                     context_size=config.context_size,
                     dataset=_local_text(config.dataset),  # type: ignore[arg-type]
-                    dataset_trust_remote_code=True,
                 )
                 store.shuffle_input_dataset(seed=SHUFFLE_SEED)
                 drawn: list[Tensor] = []
@@ -93,7 +114,7 @@ class Core(Evaluation[CoreEvalConfig]):
         key = source.key(
             "core tokens",
             dataset=config.dataset,
-            written=Path(config.dataset).stat().st_mtime_ns if Path(config.dataset).is_file() else None,
+            text=self.text_hash(),
             context_size=config.context_size,
             prompts=config.batch_size_prompts,
             batches=[config.n_eval_reconstruction_batches, config.n_eval_sparsity_variance_batches],
@@ -112,7 +133,7 @@ class Core(Evaluation[CoreEvalConfig]):
     ) -> CoreEvalOutput:
         result = {"metrics": scalar_metrics, "feature_metrics": feature_metrics}
         result = core_main.replace_nans_with_negative_one(result)
-        result |= {"eval_cfg": self.config, "sae_id": sae.sae_id, "sae_set": sae.name}
+        result |= {"eval_cfg": self.config_for(sae), "sae_id": sae.sae_id, "sae_set": sae.name}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "result.json"
             core_main.save_single_eval_result(result, "", "", "", str(path), view)  # type: ignore[arg-type]
@@ -122,6 +143,18 @@ class Core(Evaluation[CoreEvalConfig]):
             **self.common_fields(sae, view),
             eval_result_unstructured={EXPLAINED_VARIANCE: explained_variance},
         )
+
+
+@contextmanager
+def _too_short(dataset: str, n_tokens: int) -> Iterator[None]:
+    """Turn a text that ends before a batch is full, even read again and again, into one sentence."""
+    try:
+        yield
+    except StopIteration:
+        raise UserError(
+            f"The text {dataset!r} has no row as long as the context of the core evaluation, or none at all: it takes "
+            f"{n_tokens} tokens a batch; give more text, or lower core.context_size and core.batch_size_prompts."
+        ) from None
 
 
 class _RecordedTokens:
@@ -141,18 +174,25 @@ class _RecordedTokens:
         """SAEBench goes back to the start of the text between its two parts; so did the recording."""
 
 
+def _special_tokens(sae: SAE[Any], source: ActivationSource) -> set[int]:
+    """Padding, EOS and BOS, as in SAEBench, and what else the SAE was trained without."""
+    ids = {getattr(source.model.tokenizer, f"{kind}_token_id") for kind in ("pad", "eos", "bos")}
+    excluded = sae.cfg.metadata.exclude_special_tokens
+    if excluded is True:
+        excluded = get_special_token_ids(source.model.tokenizer)  # type: ignore[arg-type]
+    return {token for token in (*ids, *(excluded or ())) if token is not None}
+
+
 @torch.no_grad()
 def _explained_variance(
-    view: SAEView, hook: Hook, source: ActivationSource, tokens: Tokens, special: set[int | None]
+    view: SAEView, hook: Hook, source: ActivationSource, tokens: Tokens, special: set[int]
 ) -> float:
     calculator = ExplainedVarianceCalculator()
     for batch in tokens:
         _, cache = source.model.run_with_cache(
             batch, names_filter=[hook.name], stop_at_layer=hook.layer + 1, prepend_bos=False
         )
-        is_text = ~torch.isin(
-            batch, torch.tensor([token for token in special if token is not None], device=batch.device)
-        )
+        is_text = ~torch.isin(batch, torch.tensor(list(special), device=batch.device))
         activations = cache[hook.name][is_text]
         calculator.add_batch(view.decode(view.encode(activations)), activations)
     return calculator.compute()

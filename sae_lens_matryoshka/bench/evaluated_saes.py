@@ -16,7 +16,7 @@ from jaxtyping import Float
 from sae_lens import SAE, TopKSAE
 from torch import Tensor
 
-from sae_lens_matryoshka.bench.cache import content_hash, module_hash
+from sae_lens_matryoshka.bench.fingerprints import content_hash, module_hash
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.levels import level_index
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE

@@ -6,6 +6,8 @@ functions for the metric, SAE by SAE -> SAEBench's output class -> one JSON file
 
 import dataclasses
 import json
+import os
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -16,8 +18,8 @@ from pydantic import TypeAdapter
 from tqdm.auto import tqdm
 
 from sae_lens_matryoshka.bench.activation_source import ActivationSource
-from sae_lens_matryoshka.bench.cache import content_hash
 from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView, grouped, hook_of, on_device
+from sae_lens_matryoshka.bench.fingerprints import content_hash, package_versions
 from sae_lens_matryoshka.bench.labelled_text import LabelledText
 from sae_lens_matryoshka.bench.models import Model, load_model
 from sae_lens_matryoshka.bench.upstream import (
@@ -36,11 +38,8 @@ Config = TypeVar("Config", bound=BaseEvalConfig)
 DEFAULT_LLM_BATCH_SIZE = 32
 """SAEBench's batch size for the models of 2 billion parameters and more."""
 
-PARAMETERS_HASH = "parameters_hash"
-"""Where a result's ``sae_cfg_dict["metadata"]`` says which parameters were evaluated."""
-
-DATA_HASH = "data_hash"
-"""Where it says on which text of the user's own."""
+MADE_FROM = "made_from"
+"""Where a result's ``sae_cfg_dict["metadata"]`` names everything that could change it, by content."""
 
 
 class Evaluation(ABC, Generic[Config]):
@@ -58,11 +57,17 @@ class Evaluation(ABC, Generic[Config]):
     output_type: type[Any]
     """SAEBench's output class."""
 
+    reads_model: ClassVar[bool] = True
+    """Whether results depend on the language model, and not on the SAE alone."""
+
     def __init__(self, config: Config, data: Sequence[LabelledText] = ()) -> None:
+        self.given_config = config
         self.config = config
         self.data = {text.name: text for text in data}
         self.skipped: list[str] = []
         """What was left out, a sentence each."""
+        self.done: list[EvaluatedSAE] = []
+        """What the last run has made results of, or has found them whole and made from the same."""
 
     def run(
         self,
@@ -88,13 +93,19 @@ class Evaluation(ABC, Generic[Config]):
             UserError: If something cannot be evaluated, or a result is there that was made with another config or SAE.
         """
         source = model if isinstance(model, ActivationSource) else ActivationSource(load_model(model))
-        self.config = self._completed(source)
+        self.begin(source)
         groups = grouped(on_device(saes, source.device, source.dtype))
         paths = {id(sae): self._path(Path(output), sae) for group in groups for sae in group}
         with tqdm(total=len(saes), desc=self.name) as progress:
             for group in groups:
                 hook = hook_of(group[0].sae, hook_name)
-                unfinished = [sae for sae in group if force or not self._finished(paths[id(sae)], sae, hook, source)]
+                if self.reads_model:
+                    source.check_hook(hook, group[0])
+                made_from = {id(sae): self._made_from(sae, hook, source) for sae in group}
+                unfinished = [
+                    sae for sae in group if force or not self._finished(paths[id(sae)], sae, made_from[id(sae)])
+                ]
+                self.done += [sae for sae in group if sae not in unfinished]
                 progress.update(len(group) - len(unfinished))
                 results = self.evaluate(unfinished, hook, source) if unfinished else iter(())
                 while True:
@@ -103,7 +114,9 @@ class Evaluation(ABC, Generic[Config]):
                     if result is None:
                         break
                     sae, eval_output = result
+                    eval_output.sae_cfg_dict["metadata"][MADE_FROM] = made_from[id(sae)]  # type: ignore[index]
                     self._write(paths[id(sae)], eval_output)
+                    self.done.append(sae)
                     progress.update()
         in_order = {(sae.name, sae.sae_id): paths[id(sae)] for group in groups for sae in group}
         return [path for sae in saes if (path := in_order[sae.name, sae.sae_id]).is_file()]
@@ -126,30 +139,40 @@ class Evaluation(ABC, Generic[Config]):
         general_utils.load_and_format_sae(sae.name, view, str(source.device))  # type: ignore[arg-type]
         return view
 
+    def begin(self, source: ActivationSource) -> None:
+        """Forget what an earlier run was about: this one may be on another model, or on one that has been changed.
+
+        Args:
+            source: The model's activations.
+        """
+        source.look_again()
+        self.skipped, self.done = [], []
+        self.config = self.given_config
+        self.config = self.completed(source)
+
+    def inputs(self) -> dict[str, Any]:
+        """Names by content of what results are made from beside config, SAE and model."""
+        data = [[name, text.train, text.test] for name, text in self.data.items()]
+        return {"data": content_hash(data) if data else None, "packages": package_versions()}
+
     def common_fields(self, sae: EvaluatedSAE, view: SAEView) -> dict[str, Any]:
         """What every one of SAEBench's outputs holds, whatever the evaluation."""
-        sae_cfg_dict = view.cfg.to_dict()
-        sae_cfg_dict["metadata"] = {
-            **sae_cfg_dict["metadata"],
-            PARAMETERS_HASH: view.hash,
-            DATA_HASH: self._data_hash(),
-        }
         return {
-            "eval_config": self.config,
+            "eval_config": self.config_for(sae),
             "eval_id": get_eval_uuid(),
             "datetime_epoch_millis": int(time.time() * 1000),
             "sae_bench_commit_hash": sae_bench_version(),
             "sae_lens_id": sae.sae_id,
             "sae_lens_release_id": sae.name,
             "sae_lens_version": get_sae_lens_version(),
-            "sae_cfg_dict": sae_cfg_dict,
+            "sae_cfg_dict": view.cfg.to_dict(),
         }
 
     def skip(self, sae: EvaluatedSAE, why: str) -> None:
         """Leave an SAE out and say why in a sentence."""
         self.skipped.append(f"{self.name} leaves out {sae}: {why}")
 
-    def _completed(self, source: ActivationSource) -> Config:
+    def completed(self, source: ActivationSource) -> Config:
         """The config with what it leaves open: SAEBench fills these in from its command line."""
         changes: dict[str, Any] = {"llm_dtype": general_utils.dtype_to_str(source.dtype)}
         if not getattr(self.config, "model_name", None):
@@ -162,30 +185,43 @@ class Evaluation(ABC, Generic[Config]):
     def _path(self, output: Path, sae: EvaluatedSAE) -> Path:
         return Path(general_utils.get_results_filepath(str(output / self.name), sae.name, sae.sae_id))
 
-    def _finished(self, path: Path, sae: EvaluatedSAE, hook: Hook, source: ActivationSource) -> bool:
-        if not path.is_file():
+    def _made_from(self, sae: EvaluatedSAE, hook: Hook, source: ActivationSource) -> dict[str, Any]:
+        made_from = {"sae": SAEView(sae.cut_out, hook, source.name).hash, **self.inputs()}
+        if self.reads_model:
+            made_from |= {"model": source.model_hash, "tokenizer": source.tokenizer_hash, "hook": hook.name}
+        return made_from
+
+    def _finished(self, path: Path, sae: EvaluatedSAE, made_from: dict[str, Any]) -> bool:
+        """Whether there is a result that was made from exactly what a new one would be made from.
+
+        Raises:
+            UserError: If there is one that was made from something else.
+        """
+        try:
+            existing = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
             return False
-        existing = json.loads(path.read_text(encoding="utf-8"))
-        config = self.config_for(sae)
-        differs = [
-            f"{field}={existing['eval_config'].get(field)!r}, now {value!r}"
-            for field, value in json.loads(json.dumps(dataclasses.asdict(config))).items()
-            if existing["eval_config"].get(field) != value
-        ]
-        metadata = existing["sae_cfg_dict"]["metadata"]
-        if metadata.get(PARAMETERS_HASH) != SAEView(sae.cut_out, hook, source.name).hash:
-            differs.append("other parameters of the SAE")
-        if metadata.get(DATA_HASH) != self._data_hash():
-            differs.append("other text")
-        if differs:
+        except (OSError, ValueError) as error:
+            self.skipped.append(f"{path} could not be read ({error}) and was made again.")
+            return False
+        try:
+            was_config, was_made_from = existing["eval_config"], existing["sae_cfg_dict"]["metadata"][MADE_FROM]
+            differs = [
+                f"{field}={was_config.get(field)!r}, now {value!r}"
+                for field, value in json.loads(json.dumps(dataclasses.asdict(self.config_for(sae)))).items()
+                if was_config.get(field) != value
+            ]
+            differs += [_difference(name, was_made_from.get(name), now) for name, now in made_from.items()]
+        except (KeyError, TypeError, AttributeError):
             raise UserError(
-                f"{path} was made with {'; '.join(differs)}. Choose another output, or replace it with force (--force)."
+                f"{path} is not a result of this evaluation. Choose another output, or replace it with force (--force)."
+            ) from None
+        if any(differs):
+            raise UserError(
+                f"{path} was made with {'; '.join(filter(None, differs))}. Choose another output, or replace it with "
+                "force (--force)."
             )
         return True
-
-    def _data_hash(self) -> str | None:
-        """A name for the user's own text, among it what the config does not ask for."""
-        return content_hash([[name, text.train, text.test] for name, text in self.data.items()]) if self.data else None
 
     def config_for(self, sae: EvaluatedSAE) -> Config:
         """The config that an SAE is evaluated with, where it must differ for some."""
@@ -193,7 +229,23 @@ class Evaluation(ABC, Generic[Config]):
 
     def _write(self, path: Path, eval_output: BaseEvalOutput) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_name(f".{path.name}")
-        eval_output.to_json_file(str(staged), indent=2)
-        TypeAdapter(self.output_type).validate_json(staged.read_text(encoding="utf-8"))
-        staged.rename(path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as staging:
+            staged = Path(staging) / path.name
+            eval_output.to_json_file(str(staged), indent=2)
+            TypeAdapter(self.output_type).validate_json(staged.read_text(encoding="utf-8"))
+            with staged.open("rb+") as file:  # on disk before it has its name, or a power failure leaves it empty
+                os.fsync(file.fileno())
+            staged.replace(path)
+
+
+def _difference(name: str, was: Any, now: Any) -> str | None:
+    """What a result was made from, where it would be made from something else now."""
+    if was == now:
+        return None
+    if name == "packages":
+        return ", ".join(f"{p} {(was or {}).get(p)}, now {v}" for p, v in now.items() if (was or {}).get(p) != v)
+    if name == "hook":
+        return f"the hook {was}, now {now}"
+    return {"sae": "other parameters of the SAE", "model": "another model", "tokenizer": "another tokenizer"}.get(
+        name, "other text"
+    )

@@ -29,6 +29,7 @@ class MetaStructure(Evaluation[MetaStructureEvalConfig]):
 
     name = "meta_structure"
     output_type = MetaStructureEvalOutput
+    reads_model = False
 
     def __init__(self, config: MetaStructureEvalConfig | None = None) -> None:
         super().__init__(config or MetaStructureEvalConfig())
@@ -50,5 +51,5 @@ class MetaStructure(Evaluation[MetaStructureEvalConfig]):
                 )
             yield sae, dataclasses.replace(eval_output, **self.common_fields(sae, view))
 
-    def _completed(self, source: ActivationSource) -> MetaStructureEvalConfig:
+    def completed(self, source: ActivationSource) -> MetaStructureEvalConfig:
         return self.config  # it names neither a model nor its type

@@ -1,6 +1,8 @@
 """Running several evaluations and writing what they found: result files, one table, figures."""
 
-from collections.abc import Sequence
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from sae_lens_matryoshka.bench.evaluation import Evaluation
 from sae_lens_matryoshka.bench.figures import plot_results
 from sae_lens_matryoshka.bench.models import Model, load_model
 from sae_lens_matryoshka.bench.results import load_results
-from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.errors import REPORT_BUG, UserError
 
 RESULTS_FILENAME = "results.csv"
 
@@ -27,7 +29,7 @@ class Report:
     """The folder with SAEBench's result files, ``results.csv`` and the figures."""
 
     results: pd.DataFrame
-    """As :func:`load_results` gives them; empty if nothing could be evaluated."""
+    """As :func:`load_results` gives them, without evaluations that could not be run; empty if none could."""
 
     failures: dict[str, str] = field(default_factory=dict)
     """Evaluation -> why it could not be run, in one sentence."""
@@ -47,7 +49,8 @@ def evaluate(
 ) -> Report:
     """Run evaluations over the same SAEs, sharing the model's activations, and write everything.
 
-    An evaluation that cannot be run, such as for data that cannot be fetched, is reported; the others still run.
+    An evaluation that cannot be run, such as for data that cannot be fetched, or that fails, is reported; the others
+    still run.
 
     Args:
         saes: What to evaluate; see :func:`levels`.
@@ -70,11 +73,30 @@ def evaluate(
         except UserError as error:
             failures[evaluation.name] = str(error)
             tqdm.write(f"{evaluation.name} could not be run: {error}")
+        except Exception as error:  # the others run all the same
+            failures[evaluation.name] = f"{type(error).__name__}: {error}. {REPORT_BUG}"
+            tqdm.write(traceback.format_exc(), file=sys.stderr)
     skipped = [sentence for evaluation in evaluations for sentence in evaluation.skipped]
     try:
-        results = load_results(output)
+        results = load_results(output, skipped.append)
     except UserError:
         return Report(output, pd.DataFrame(), failures, skipped)
+    results = _without_refused(results, evaluations, failures)
+    if results.empty:
+        return Report(output, results, failures, skipped)
     results.to_csv(output / RESULTS_FILENAME, index=False)
     plot_results(results, output)
     return Report(output, results, failures, skipped)
+
+
+def _without_refused(
+    results: pd.DataFrame, evaluations: Sequence[Evaluation], failures: Mapping[str, str]
+) -> pd.DataFrame:
+    """Results without those of failed evaluations that lay there before: they were made from something else."""
+    done = {(e.name, sae.name, sae.level) for e in evaluations for sae in e.done}
+    keys = zip(results["evaluation"], results["sae"], results["level"], strict=True)
+    kept = [
+        evaluation not in failures or (evaluation, sae, None if pd.isna(level) else int(level)) in done
+        for evaluation, sae, level in keys
+    ]
+    return results.loc[kept].reset_index(drop=True)

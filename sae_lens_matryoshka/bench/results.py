@@ -2,6 +2,8 @@
 
 import json
 import re
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,24 +39,32 @@ HEADLINES = {
 """What SAEBench's and the paper's figures show, by evaluation."""
 
 
-def load_results(folder: str | Path) -> pd.DataFrame:
+def load_results(folder: str | Path, on_unreadable: Callable[[str], object] = warnings.warn) -> pd.DataFrame:
     """Every metric of every result file in a folder, a row each.
 
     Args:
         folder: What evaluations wrote to. The result files lie in folders named after the evaluations.
+        on_unreadable: What to do with the sentence that says that a file is passed over.
 
     Returns:
         A table with the columns ``sae``, ``level`` (missing for SAEs without levels), ``width``, ``evaluation``,
         ``metric``, ``value``, and ``l0`` of the core evaluation of the same SAE and level (missing without one).
 
     Raises:
-        UserError: If there are no result files.
+        UserError: If there are no result files, or none that can be read.
     """
     paths = [path for name in HEADLINES for path in sorted(Path(folder, name).glob("*_eval_results.json"))]
     paths = [path for path in paths if not path.name.startswith(".")]
     if not paths:
         raise UserError(f"There are no results in {folder}; expected files as sparse_probing/NAME_eval_results.json.")
-    rows = [row for path in paths for row in _rows(path)]
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        try:
+            rows += _rows(path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            on_unreadable(f"{path} is passed over: it is not a whole result of SAEBench ({error!r}).")
+    if not rows:
+        raise UserError(f"There are no readable results in {folder}.")
     results: Any = pd.DataFrame(rows).reindex(columns=COLUMNS[:-1])
     results["level"] = results["level"].astype("Int64")
     l0: Any = results[(results["evaluation"] == "core") & (results["metric"] == "l0")]

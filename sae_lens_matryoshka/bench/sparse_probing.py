@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_lens_matryoshka.bench.activation_source import ActivationSource, Split, TextSpec
+from sae_lens_matryoshka.bench.activation_source import ActivationSource, TextActivations, TextSpec
 from sae_lens_matryoshka.bench.cache import Entry
 from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView, SharedEncoder
 from sae_lens_matryoshka.bench.evaluation import Evaluation
@@ -24,7 +24,6 @@ from sae_lens_matryoshka.bench.upstream import (
     SparseProbingMetricCategories,
     SparseProbingResultDetail,
     SparseProbingSaeMetrics,
-    activation_collection,
     general_utils,
     probe_training,
     seed_everything,
@@ -90,9 +89,7 @@ class SparseProbing(Evaluation[SparseProbingEvalConfig]):
         def compute() -> Entry:
             seed_everything(self.config.random_seed)
             activations = source.of_text(spec)
-            mean = Split(
-                *map(activation_collection.create_meaned_model_activations, (activations.train, activations.test))
-            )
+            mean = activations.map(TextActivations.means)
             accuracies = {"llm_test_accuracy": _accuracies(mean.train, mean.test, **DENSE_PROBE)}
             for k in self.config.k_values:
                 accuracies[f"llm_top_{k}_test_accuracy"] = _accuracies(mean.train, mean.test, select_top_k=k)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae_lens_matryoshka.bench.evaluated_saes import Hook
 from sae_lens_matryoshka.bench.models import Model
+from sae_lens_matryoshka.bench.texts_alone import activations_alone, text_tokens
 
 
 class WordPrompts:
@@ -39,7 +40,6 @@ class WordPrompts:
         """One token, whatever the prompt: SAEBench asks only to compare lengths, which need not agree here."""
         return torch.zeros((1, 1), dtype=torch.long)
 
-    @torch.no_grad()
     def run_with_cache(
         self, prompts: Sequence[str], names_filter: Sequence[str]
     ) -> tuple[None, dict[str, Float[Tensor, "prompts positions d_model"]]]:
@@ -50,21 +50,12 @@ class WordPrompts:
             names_filter: The hook that SAEBench builds from the layer, ``blocks.<layer>.hook_resid_post``.
         """
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._activations]
-        if new:
-            self._run(new)
+        tokens = text_tokens(self.model, new)
+        for index, activations in activations_alone(self.model, tokens, self.hook, len(prompts)):
+            # a copy, since a slice would keep the whole batch
+            self._activations[new[index]] = activations[self.position].clone()
         activations = torch.stack([self._activations[prompt] for prompt in prompts])
         return None, {names_filter[0]: activations[:, None].expand(-1, abs(self.position), -1)}
-
-    def _run(self, prompts: list[str]) -> None:
-        rows = [self.model.to_tokens(prompt)[0] for prompt in prompts]
-        # padding after the end changes nothing before it: attention is causal
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=int(rows[0][0]))
-        _, cache = self.model.run_with_cache(
-            tokens, names_filter=[self.hook.name], stop_at_layer=self.hook.layer + 1, prepend_bos=False
-        )
-        for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-            # a copy, since a slice would keep the whole batch
-            self._activations[prompt] = cache[self.hook.name][index, len(row) + self.position].clone()
 
 
 class _OrderedTokenizer:

@@ -187,7 +187,7 @@ def select_above(
     """
     found: list[Selection] = []
     n_found = 0
-    for columns, product in _products(x, W_enc):
+    for columns, product in column_products(x, W_enc):
         hidden_pre = product.to(b_enc.dtype) + b_enc[columns]
         above = (hidden_pre > floor[columns]).flatten().nonzero().squeeze(1)
         n_found += above.numel()
@@ -200,10 +200,19 @@ def select_above(
     return _concatenated(found)
 
 
-def _products(x: Float[Tensor, "batch d_in"], W_enc: Float[Tensor, "d_in d_sae"]) -> Iterator[tuple[slice, Tensor]]:
+def column_products(
+    x: Float[Tensor, "batch d_in"], W_enc: Float[Tensor, "d_in d_sae"]
+) -> Iterator[tuple[slice, Tensor]]:
     """``x @ W_enc`` column chunk by column chunk, in the autocast data type where autocast is on.
 
     Every product is written over the one before.
+
+    Args:
+        x: The input of the encoder.
+        W_enc: Encoder weights.
+
+    Yields:
+        Which columns, and their product.
     """
     batch, d_sae = x.shape[0], W_enc.shape[1]
     device_type = x.device.type
@@ -225,7 +234,7 @@ def _candidates_above(
     """All entries that score above ``floor``, or above a higher one that at least ``n`` entries reach."""
     found: list[Selection] = []
     n_found = 0
-    for chunk, product in _products(x, W_enc):
+    for chunk, product in column_products(x, W_enc):
         bias, scale = b_enc[chunk], None if column_scale is None else column_scale[chunk]
         # Comparing the bare product with a bound a column saves two passes over the chunk. The bound is a little low,
         # so that rounding cannot lose an entry; the exact comparison follows.

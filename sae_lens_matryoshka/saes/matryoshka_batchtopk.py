@@ -62,7 +62,7 @@ class MatryoshkaTrainingSAE(TopKFamilyTrainingSAE, MatryoshkaBatchTopKTrainingSA
 
     def __init__(self, cfg: MatryoshkaTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
-        self._register_training_buffer("topk_threshold_updates", torch.zeros((), dtype=torch.long))
+        self._register_statistic("topk_threshold_updates", torch.zeros((), dtype=torch.long))
 
     @override
     def _select(self, x: Float[Tensor, "batch d_in"], decoder_norms: Float[Tensor, " d_sae"] | None) -> Selection:
@@ -84,7 +84,10 @@ class MatryoshkaTrainingSAE(TopKFamilyTrainingSAE, MatryoshkaBatchTopKTrainingSA
 
     @torch.no_grad()
     def _move_topk_threshold(self, positive_acts: Float[Tensor, " n"]) -> None:
-        """Move the running threshold towards the smallest selected activation of this batch.
+        """Move the running threshold towards just below the smallest selected activation of this batch.
+
+        A saved SAE fires above its threshold: at the smallest selected activation itself, as SAELens sets it, a batch
+        that stays the same would lose that latent.
 
         SAELens averages from a start value of 0, which for hundreds of steps keeps the threshold far too low. Dividing
         the average by the weight it has gathered so far, as Adam does (Kingma & Ba, arXiv:1412.6980, section 3),
@@ -99,5 +102,16 @@ class MatryoshkaTrainingSAE(TopKFamilyTrainingSAE, MatryoshkaBatchTopKTrainingSA
         # autocast would round the threshold to bfloat16
         with torch.autocast(self.topk_threshold.device.type, enabled=False):
             min_positive = positive_acts.min().to(self.topk_threshold.dtype)
-            self.topk_threshold = self.topk_threshold + unbiased_lr * (min_positive - self.topk_threshold)
+            just_below = min_positive * (1 - _threshold_margin(self.dtype))
+            self.topk_threshold = self.topk_threshold + unbiased_lr * (just_below - self.topk_threshold)
         self.selection_guess = min_positive.to(self.selection_guess.dtype)
+
+
+def _threshold_margin(saved_dtype: torch.dtype) -> float:
+    """How far below an activation its threshold lies, as a share of it.
+
+    At least the spacing of numbers in the data type that the threshold is saved in. In float32 a little more, since
+    the encoder product of a saved SAE need not round as that of the training step.
+    """
+    spacing = torch.finfo(saved_dtype).eps
+    return max(spacing, min(4 * spacing, 1e-6))

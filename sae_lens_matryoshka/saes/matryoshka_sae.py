@@ -24,7 +24,7 @@ from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.levels import level_index, level_of, recorded_widths, validate_widths
 from sae_lens_matryoshka.loading.checks import check_parameters
 from sae_lens_matryoshka.loading.loaded import load_published_sae, load_saved_sae
-from sae_lens_matryoshka.saes.dtype_in_config import DtypeInConfig
+from sae_lens_matryoshka.saes.plugin_sae import PluginSAE
 
 
 @dataclass
@@ -42,7 +42,7 @@ class MatryoshkaSAEConfig(SAEConfig):
         super().__post_init__()
 
 
-class MatryoshkaSAE(DtypeInConfig):
+class MatryoshkaSAE(PluginSAE):
     """An SAE with levels. Wherever SAELens takes an SAE it takes this one, as the full level.
 
     Made by :meth:`load_from_disk`, :meth:`from_pretrained` and :meth:`from_sae`, which return the subclass for the

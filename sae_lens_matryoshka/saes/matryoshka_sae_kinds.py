@@ -11,11 +11,11 @@ from sae_lens.saes.topk_sae import TopK
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_matryoshka.saes.dtype_in_config import DtypeInConfig
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig
+from sae_lens_matryoshka.saes.plugin_sae import PluginSAE
 
 
-class _SharedStorageSAE(DtypeInConfig):
+class _SharedStorageSAE(PluginSAE):
     """A level cut out of a Matryoshka SAE: a plain SAE on views of that SAE's parameters."""
 
     @override

@@ -25,8 +25,9 @@ from typing_extensions import override
 from sae_lens_matryoshka.ops.latents import ActiveLatents, DenseLatents, lay_out, lay_out_dense
 from sae_lens_matryoshka.ops.nested_loss import NestedErrors, NestedObjective, nested_errors
 from sae_lens_matryoshka.ops.selection import Selection
-from sae_lens_matryoshka.saes.dtype_in_config import DtypeInConfig
 from sae_lens_matryoshka.saes.nested_training_config import NestedTrainingSAEConfig
+from sae_lens_matryoshka.saes.plugin_sae import PluginSAE
+from sae_lens_matryoshka.saes.training_statistics import KeepsTrainingStatistics
 
 
 class TrainingPath(NamedTuple):
@@ -81,13 +82,13 @@ class Encoding(NamedTuple):
     """SAELens's activations for its trainer, without gradient, perhaps sparse."""
 
 
-class NestedTrainingSAE(DtypeInConfig, TrainingSAE[Any]):
+class NestedTrainingSAE(KeepsTrainingStatistics, PluginSAE, TrainingSAE[Any]):
     """A Matryoshka SAE in training, whatever makes its latents sparse.
 
     Subclasses also inherit from the SAELens class of their one-level twin, after this one.
 
-    ``W_enc`` is kept in memory column by column, which makes gathering columns and writing their gradient fast. Its
-    shape and saved form are SAELens's.
+    ``W_enc`` is kept in memory column by column from the start, which makes gathering columns and writing their
+    gradient fast. Its shape and saved form are SAELens's.
     """
 
     cfg: NestedTrainingSAEConfig  # type: ignore[assignment]
@@ -96,10 +97,9 @@ class NestedTrainingSAE(DtypeInConfig, TrainingSAE[Any]):
 
     def __init__(self, cfg: Any, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
-        self._training_buffer_starts: dict[str, Tensor] = {}
+        self.W_enc.data = _by_column(self.W_enc.data)
         if cfg.order_latents_by_contribution:
-            self._register_training_buffer("latent_contribution", torch.zeros(cfg.d_sae, dtype=torch.float32))
-        self._keep_activation_statistics()
+            self._register_statistic("latent_contribution", torch.zeros(cfg.d_sae, dtype=torch.float32))
 
     @property
     def training_path(self) -> TrainingPath:
@@ -196,7 +196,6 @@ class NestedTrainingSAE(DtypeInConfig, TrainingSAE[Any]):
 
     def _fast_step(self, step_input: TrainStepInput) -> TrainStepOutput:
         """The step by ``ops/``."""
-        self._store_encoder_by_column()
         x = self.process_sae_in(step_input.sae_in)
         prefixes = self.prefixes(step_input.n_training_steps)
         encoding = self._encode(x, prefixes)
@@ -310,12 +309,13 @@ class NestedTrainingSAE(DtypeInConfig, TrainingSAE[Any]):
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving(state_dict)
         state_dict["W_enc"] = state_dict["W_enc"].contiguous()
+        state_dict.update(self.statistics)
 
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving_inference(state_dict)
         order = self.latent_order
-        for name in self._training_buffer_starts:
+        for name in self.statistics:
             del state_dict[name]
         if "threshold" in state_dict:  # which SAELens trains in float32 whatever the dtype
             state_dict["threshold"] = state_dict["threshold"].to(self.dtype)
@@ -329,33 +329,16 @@ class NestedTrainingSAE(DtypeInConfig, TrainingSAE[Any]):
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
-        for name, start in self._training_buffer_starts.items():
-            # SAELens casts what it reads to the parameters' dtype; checkpoints of the twin lack these buffers
-            state_dict[name] = state_dict.get(name, start).clone().to(start.dtype)
+        state_dict["W_enc"] = _by_column(state_dict["W_enc"])
 
     @override
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        moved = super()._apply(*args, **kwargs)
-        for name, start in self._training_buffer_starts.items():
-            # as SAELens does for learned thresholds: statistics keep their dtype when parameters change theirs
-            self.register_buffer(name, self.get_buffer(name).to(start.dtype))
-        return moved
-
-    def _register_training_buffer(self, name: str, value: Tensor) -> None:
-        """Keep a tensor in checkpoints, so that resumed runs go on as if never stopped, but not in saved SAEs."""
-        self._training_buffer_starts[name] = value
-        self.register_buffer(name, value.clone().to(self.W_dec.device))
-
-    def _store_encoder_by_column(self) -> None:
-        if not self.W_enc.t().is_contiguous():
-            self.W_enc.data = self.W_enc.data.t().contiguous().t()
-
-    def _keep_activation_statistics(self) -> None:
+    def _setup_activation_normalization(self) -> None:
         """Undo a sample's normalization as often as there are levels.
 
         SAELens deletes the statistics as it undoes the normalization for the first time, so that its Matryoshka class
         fails on its first step with ``layer_norm`` and ``constant_norm_rescale``.
         """
+        super()._setup_activation_normalization()
         undo_once = self.run_time_activation_norm_fn_out
 
         def undo(x: Tensor) -> Tensor:
@@ -403,6 +386,10 @@ def level_dead(dead_mask: Bool[Tensor, " d_sae"], prefixes: Prefixes) -> list[In
     places = prefixes.by_place(dead_mask).nonzero().squeeze(1)
     bounds = zip([0, *prefixes.widths[:-1]], prefixes.widths, strict=True)
     return [prefixes.latent_ids(places[(places >= start) & (places < stop)]) for start, stop in bounds]
+
+
+def _by_column(W_enc: Float[Tensor, "d_in d_sae"]) -> Float[Tensor, "d_in d_sae"]:
+    return W_enc.t().contiguous().t()
 
 
 def _as_matrix(latents: ActiveLatents | DenseLatents, values: Tensor) -> Float[Tensor, "batch d_sae"]:

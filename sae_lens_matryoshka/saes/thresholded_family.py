@@ -34,7 +34,7 @@ class ThresholdedTrainingSAE(NestedTrainingSAE):
 
     def __init__(self, cfg: NestedTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
-        self._register_training_buffer("share_that_matters", torch.ones((), dtype=torch.float64))
+        self._register_statistic("share_that_matters", torch.ones((), dtype=torch.float64))
 
     @abstractmethod
     def _floor(self) -> Float[Tensor, " d_sae"]:

@@ -45,7 +45,7 @@ class TopKFamilyTrainingSAE(NestedTrainingSAE, TopKTrainingSAE):
     def __init__(self, cfg: TopKFamilyTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
         # float64, so that saving and loading do not move it
-        self._register_training_buffer("selection_guess", torch.zeros((), dtype=torch.float64))
+        self._register_statistic("selection_guess", torch.zeros((), dtype=torch.float64))
 
     @abstractmethod
     def _select(self, x: Float[Tensor, "batch d_in"], decoder_norms: Float[Tensor, " d_sae"] | None) -> Selection:

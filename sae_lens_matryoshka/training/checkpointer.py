@@ -21,7 +21,7 @@ from sae_lens import SAETrainer
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from safetensors import SafetensorError
 
-from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.errors import ConfigError, UserError
 from sae_lens_matryoshka.training.manifest import flush_folder, write_manifest
 from sae_lens_matryoshka.training.run_folder import partial_name
 
@@ -41,6 +41,14 @@ class CheckpointOptions:
 
     keep: int | None = None
     """How many of the newest checkpoints to keep; None keeps all that the run file asks for."""
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and self.keep < 1:
+            raise ConfigError(f"--keep-checkpoints {self.keep} must be at least 1.")
+        if not self.max_buffer_bytes >= 0:
+            raise ConfigError(f"--max-buffer-gb {self.max_buffer_bytes / 1e9:g} must be at least 0.")
+        if not self.exact and self.max_buffer_bytes != type(self).max_buffer_bytes:
+            raise ConfigError("--max-buffer-gb is for checkpoints that hold the buffer; leave out --no-exact-resume.")
 
 
 class Checkpointer:

@@ -29,22 +29,19 @@ def partial_name(name: str) -> str:
 
 
 @contextmanager
-def checkpoint_folder(
-    cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig", checkpoint_path: str | None
-) -> Iterator[None]:
+def checkpoint_folder(cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig") -> Iterator[None]:
     """This run's :func:`run_folder`: that of the run it resumes, else one of its own. None without checkpoints.
 
     Args:
-        cfg: The run's config; its ``checkpoint_path`` is set to that of the run it resumes.
-        checkpoint_path: The folder that the user has named, without the id that SAELens adds.
+        cfg: The run's config; its ``checkpoint_path``, to which SAELens has added an id, is set to that of the run it
+            resumes.
 
     Raises:
         UserError: If another process is writing there, or the folder cannot be written.
     """
-    resumed_from = cfg.resume_from_checkpoint
-    if checkpoint_path is not None and resumed_from is not None:
-        folder = Path(resumed_from).parent
-        if folder.parent.resolve() == Path(checkpoint_path).resolve():
+    if cfg.checkpoint_path is not None and cfg.resume_from_checkpoint is not None:
+        folder = Path(cfg.resume_from_checkpoint).parent
+        if folder.parent.resolve() == Path(cfg.checkpoint_path).parent.resolve():
             cfg.checkpoint_path = str(folder)
     with nullcontext() if cfg.checkpoint_path is None else run_folder(Path(cfg.checkpoint_path)):
         yield

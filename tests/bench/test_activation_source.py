@@ -25,18 +25,18 @@ N_CLASSES, N_TRAIN, N_TEST, CONTEXT = 4, 20, 10, 16
 def _counted(model: Model, sae: MatryoshkaSAE) -> Iterator[dict[str, int]]:
     """How many texts the model reads and how many tokens the SAE encodes."""
     counts = {"texts": 0, "encoded": 0}
-    run_with_hooks, encode = model.run_with_hooks, sae.encode
+    run_with_cache, encode = model.run_with_cache, sae.encode
 
     def counting_run(tokens: Tensor, *arguments: Any, **options: Any) -> Any:
         counts["texts"] += len(tokens)
-        return run_with_hooks(tokens, *arguments, **options)
+        return run_with_cache(tokens, *arguments, **options)
 
     def counting_encode(x: Tensor, *arguments: Any) -> Any:
         counts["encoded"] += x[..., 0].numel()
         return encode(x, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "run_with_hooks", counting_run)
+        patch.setattr(model, "run_with_cache", counting_run)
         patch.setattr(sae, "encode", counting_encode)
         yield counts
 
@@ -66,10 +66,10 @@ def test_all_levels_and_evaluations_read_and_encode_every_text_once(
     n_texts = N_CLASSES * (N_TRAIN + N_TEST)
     with _counted(model, sae) as counts:
         first = _evaluate(ActivationSource(model, Cache(tmp_path / "cache")), sae, snippets, tmp_path / "first")
-        assert counts == {"texts": n_texts, "encoded": n_texts * CONTEXT + 1}  # and once the latents of nothing
+        n_encoded = n_texts * (CONTEXT - 1) + 1  # all but BOS, and once the latents of nothing
+        assert counts == {"texts": n_texts, "encoded": n_encoded}
         again = _evaluate(ActivationSource(model, Cache(tmp_path / "cache")), sae, snippets, tmp_path / "again")
-        assert counts["texts"] == n_texts
-        assert counts["encoded"] == n_texts * CONTEXT + 1
+        assert counts == {"texts": n_texts, "encoded": n_encoded}
     assert again == first
 
 

@@ -24,11 +24,7 @@ def test_every_level_equals_saebench_own_run(
     tinystories: Path,
     tmp_path: Path,
 ):
-    config = CoreEvalConfig(
-        model_name="tinystories", dataset=str(tinystories / "data"), context_size=64, batch_size_prompts=4,
-        n_eval_reconstruction_batches=2, n_eval_sparsity_variance_batches=3,
-        exclude_special_tokens_from_reconstruction=True,
-    )  # fmt: skip
+    config = _config(tinystories, exclude_special_tokens_from_reconstruction=True)
     ours = Core(config).run(levels("ours", sae), source, tmp_path / "ours")
     for evaluated, path in zip(levels("ours", sae), ours, strict=True):
         folder = tmp_path / f"theirs-{evaluated.level}"
@@ -54,6 +50,37 @@ def test_every_level_equals_saebench_own_run(
         assert written["eval_result_unstructured"][EXPLAINED_VARIANCE] == pytest.approx(
             _explained_variance(evaluated, config, source), abs=1e-5
         )
+
+
+def test_special_tokens_are_left_out_for_saes_that_were_trained_without_them(
+    sae: MatryoshkaSAE, source: ActivationSource, tinystories: Path, tmp_path: Path
+):
+    def loss_recovered(name: str, excluded: Any, **options: Any) -> tuple[bool, float]:
+        sae.cfg.metadata.exclude_special_tokens = excluded
+        follow = options.pop("follow_training", True)
+        (path,) = Core(_config(tinystories, **options), follow).run(levels(name, sae, [2]), source, tmp_path)
+        written = json.loads(path.read_text())
+        metrics = written["eval_result_metrics"]["model_performance_preservation"]
+        return written["eval_config"]["exclude_special_tokens_from_reconstruction"], metrics["ce_loss_with_sae"]
+
+    as_saebench = loss_recovered("as_saebench", False)
+    asked_for = loss_recovered("asked_for", False, exclude_special_tokens_from_reconstruction=True)
+    assert as_saebench[0] is False
+    assert asked_for[0] is True
+    assert asked_for[1] != as_saebench[1]
+    assert loss_recovered("as_trained", True) == asked_for
+    assert loss_recovered("listed", [1, 2]) == asked_for
+    # what else it was trained without is left out too
+    full_stop = source.model.tokenizer.encode(".")[-1]  # type: ignore[union-attr]
+    assert loss_recovered("full_stop", [full_stop])[1] not in (asked_for[1], as_saebench[1])
+    assert loss_recovered("not_followed", True, follow_training=False) == as_saebench
+
+
+def _config(tinystories: Path, **settings: Any) -> CoreEvalConfig:
+    return CoreEvalConfig(
+        model_name="tinystories", dataset=str(tinystories / "data"), context_size=64, batch_size_prompts=4,
+        n_eval_reconstruction_batches=2, n_eval_sparsity_variance_batches=3, **settings,
+    )  # fmt: skip
 
 
 def _explained_variance(evaluated: EvaluatedSAE, config: CoreEvalConfig, source: ActivationSource) -> float:

@@ -35,9 +35,17 @@ def _config(**settings: Any) -> SparseProbingEvalConfig:
 
 @pytest.mark.usefixtures("ag_news")
 def test_every_level_equals_saebench_own_run(
-    sae: MatryoshkaSAE, source: ActivationSource, upstream_run: Callable[..., Any], tmp_path: Path
+    sae: MatryoshkaSAE,
+    source: ActivationSource,
+    upstream_run: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    ours = SparseProbing(_config()).run(levels("ours", sae), source, tmp_path / "ours")
+    tokenizer: Any = source.model.tokenizer
+    # SAEBench's HookedTransformer pads on the right, whatever the tokenizer of the model does, as Gemma's on the left
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "padding_side", "left")
+        ours = SparseProbing(_config()).run(levels("ours", sae), source, tmp_path / "ours")
     for evaluated, path in zip(levels("ours", sae), ours, strict=True):
         (theirs,) = upstream_run(
             sparse_probing_main.run_eval,

@@ -1,0 +1,119 @@
+"""Names for what results are made from, equal for equal content only.
+
+A result or a cache entry is reused only where everything that could change it has the same name. Every byte counts: of
+weights, of tokenizers, of texts.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+
+from sae_lens_matryoshka.bench.models import Model
+
+PACKAGES = (
+    "sae-lens-matryoshka", "sae-bench", "sae-lens", "transformer-lens", "transformers", "torch", "scikit-learn",
+)  # fmt: skip
+"""Packages whose versions can change a result."""
+
+_NOT_CONTENT = {
+    # where a model lies, what it is called and how it was made
+    "model_name", "tokenizer_name", "_name_or_path", "name_or_path", "device", "n_devices", "seed", "init_weights",
+    "init_mode", "transformers_version", "dtype", "torch_dtype",
+}  # fmt: skip
+"""Settings of a model that say nothing of what it computes; its data type is that of its weights."""
+
+
+def content_hash(content: Mapping[str, Any] | Sequence[Any] | str) -> str:
+    """A name for what JSON can hold.
+
+    Args:
+        content: The content.
+    """
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, ensure_ascii=False).encode())
+
+
+def module_hash(module: nn.Module) -> str:
+    """A name for all parameters and buffers of a module: their names, shapes, types and every byte of them.
+
+    Args:
+        module: The module.
+    """
+    described: list[Any] = []
+    for name, tensor in sorted(module.state_dict().items()):
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        described.append([name, list(tensor.shape), str(tensor.dtype), xxhash.xxh3_128_hexdigest(data.data)])
+    return content_hash(described)
+
+
+def model_hash(model: Model) -> str:
+    """A name for a language model: its class, its settings and its weights, wherever it was loaded from.
+
+    Args:
+        model: The model.
+    """
+    settings = [vars(model.cfg), getattr(getattr(model, "original_model", None), "config", None)]
+    described = [
+        {name: _plain(value) for name, value in _as_mapping(part).items() if name not in _NOT_CONTENT}
+        for part in settings
+    ]
+    return content_hash([type(model).__name__, described, module_hash(model)])
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """A name for what a tokenizer does with a text.
+
+    Args:
+        tokenizer: A tokenizer of the package transformers, or None.
+    """
+    if tokenizer is None:
+        return "none"
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules: Any = sorted(tokenizer.get_vocab().items())
+    else:
+        # how it last padded and truncated is part of a fast tokenizer's state
+        rules = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return content_hash([type(tokenizer).__name__, rules, special])
+
+
+def path_hash(path: Path) -> str:
+    """A name for the contents of a file, or of all files below a folder.
+
+    Args:
+        path: The file or folder.
+    """
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return content_hash([[str(file.relative_to(path)), _file_hash(file)] for file in files])
+
+
+@cache
+def package_versions() -> dict[str, str]:
+    """The versions of the packages that can change a result."""
+    return {package: version(package) for package in PACKAGES}
+
+
+def _file_hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _as_mapping(settings: Any) -> Mapping[str, Any]:
+    if settings is None:
+        return {}
+    return settings if isinstance(settings, Mapping) else settings.to_dict()
+
+
+def _plain(value: Any) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # where an object lies in memory

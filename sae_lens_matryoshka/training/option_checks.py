@@ -1,0 +1,79 @@
+"""Options of a run that its kind would not use are refused by name, before anything is loaded."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from sae_lens import BatchTopKTrainingSAEConfig, MultiSAETrainingRunnerConfig, TrainingSAEConfig
+
+from sae_lens_matryoshka.config_files import RunnerConfigs
+from sae_lens_matryoshka.errors import ConfigError
+from sae_lens_matryoshka.saes.matryoshka_sae_kinds import KINDS
+from sae_lens_matryoshka.training.checkpointer import CheckpointOptions
+
+
+def check_samples(configs: RunnerConfigs, calibration_samples: int | None, measure_samples: int | None) -> None:
+    """Refuse numbers of samples that cannot be, or that are for SAEs of another kind than the run's.
+
+    Args:
+        configs: The run's configs.
+        calibration_samples: How many samples to calibrate thresholds on; None if the user has not said.
+        measure_samples: How many samples to measure levels on; None if the user has not said.
+
+    Raises:
+        ConfigError: If one of them is too small, or is positive and no SAE of the run would use it.
+    """
+    for option, n_samples, least in (
+        ("--calibration-samples", calibration_samples, 0),
+        ("--measure-samples", measure_samples, 1),
+    ):
+        if n_samples is not None and n_samples < least:
+            raise ConfigError(f"{option} {n_samples} must be at least {least}.")
+    saes = _sae_configs(configs)
+    names = ", ".join(sorted({sae.architecture() for sae in saes}))
+    if calibration_samples and not any(isinstance(sae, BatchTopKTrainingSAEConfig) for sae in saes):
+        raise ConfigError(
+            f"--calibration-samples {calibration_samples} is for the running threshold of BatchTopK, which {names} has "
+            f"none of; leave it out."
+        )
+    if measure_samples and not any(sae.get_inference_config_class().architecture() in KINDS for sae in saes):
+        raise ConfigError(
+            f"--measure-samples {measure_samples} is for SAEs saved as {', '.join(KINDS)}, which {names} is not; leave "
+            f"it out."
+        )
+
+
+def check_synthetic_options(run: Mapping[str, Any], resume: str | Path | None, options: CheckpointOptions) -> None:
+    """Refuse what a run on a synthetic model does not use.
+
+    Args:
+        run: The run file's contents.
+        resume: The checkpoint to resume from, if any.
+        options: What checkpoints hold and how many are kept.
+
+    Raises:
+        ConfigError: If one of them is given.
+    """
+    if resume is not None:
+        raise ConfigError(
+            "A run on a synthetic model cannot be resumed: SAELens's SyntheticSAERunner has no such option."
+        )
+    flags = {"exact": "--no-exact-resume", "max_buffer_bytes": "--max-buffer-gb", "keep": "--keep-checkpoints"}
+    if given := [flags[f.name] for f in fields(options) if getattr(options, f.name) != f.default]:
+        raise ConfigError(
+            f"{', '.join(given)} cannot be used on a synthetic model, whose checkpoints are SAELens's, and all are "
+            f"kept; leave it out."
+        )
+    logger = run.get("logger")
+    if len(run.get("saes", ())) > 1 and isinstance(logger, Mapping) and logger.get("wandb_id") is not None:
+        raise ConfigError(
+            f"logger.wandb_id={logger['wandb_id']!r} is one id, but each of saes is a wandb run of its own on a "
+            f"synthetic model. --unset logger.wandb_id takes it out of the run file."
+        )
+
+
+def _sae_configs(configs: RunnerConfigs) -> list[TrainingSAEConfig]:
+    if isinstance(configs, dict):
+        return [cfg.sae for cfg in configs.values()]
+    return list(configs.saes.values()) if isinstance(configs, MultiSAETrainingRunnerConfig) else [configs.sae]
