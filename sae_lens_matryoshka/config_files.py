@@ -330,6 +330,8 @@ def _check_language_model_run(config: "LanguageModelSAERunnerConfig[Any] | Multi
         if wrong := [i for i in ids if isinstance(i, bool) or (isinstance(i, int) and not 0 <= i < 2**31)]:
             raise ConfigError(f"{field}={getattr(config, field)!r}: {wrong[0]!r} is no token id; ids count from 0.")
     n_buffered = config.n_batches_in_buffer * len(range(config.context_size)[slice(*config.seqpos_slice)])
+    if n_buffered == 0:
+        raise ConfigError(f"seqpos_slice={config.seqpos_slice} leaves nothing of context_size={config.context_size}.")
     if n_buffered < config.train_batch_size_tokens:
         raise ConfigError(
             f"train_batch_size_tokens={config.train_batch_size_tokens} is above the activation buffer of "

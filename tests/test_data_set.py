@@ -199,8 +199,9 @@ FEW = "few rows"
         # so little text is read to its end
         ({"dataset_path": FEW, "context_size": 4, "exclude_special_tokens": ALL_TOKENS}, "all of the 12 tokens read, "),
         ({"context_size": 1}, "context_size=1 has room for BOS alone"),
+        ({"seqpos_slice": (5, 5)}, r"slice[ =]\(5, 5\) .*(empty|nothing)"),
     ],
-    ids=["excluded", "sliced", "short", "short apart", "short excluded", "no room"],
+    ids=["excluded", "sliced", "short", "short apart", "short excluded", "no room", "no slice"],
 )
 @pytest.mark.parametrize("kind", ["exact", "saelens", "prefetch", "several"])
 def test_a_run_that_would_stand_still_ends(
