@@ -17,6 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from sae_lens_matryoshka import hub
 from sae_lens_matryoshka.config_files import read_run_file
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.levels import parse_widths
 from sae_lens_matryoshka.runner import train
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
 from sae_lens_matryoshka.saes.matryoshka_sae_kinds import MatryoshkaJumpReLUSAE, MatryoshkaTopKSAE
@@ -156,6 +157,10 @@ def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
         "--evals", default="sparse_probing,tpp,scr,absorption,core,meta_structure", metavar="EVAL,...",
         help="what to run (default: %(default)s)",
     )  # fmt: skip
+    evaluate.add_argument(
+        "--widths", action="append", default=[], metavar="[NAME=]2048,6144,...",
+        help="level widths of an SAE that does not record them; with its name where there are several, repeatable",
+    )  # fmt: skip
     evaluate.add_argument("--levels", default="all", metavar="all|0,2,-1", help="which levels (default: all)")
     evaluate.add_argument("--output", required=True, metavar="DIR", help="folder to write; finished results are kept")
     evaluate.add_argument(
@@ -230,7 +235,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    widths = None if options.widths is None else _parse_widths(options.widths)
+    widths = None if options.widths is None else parse_widths(options.widths)
     try:
         sae = hub.load(options.sae, options.id, widths=widths)
     except (ValueError, TypeError) as error:
@@ -319,13 +324,6 @@ def _positive(text: str) -> int:
     if number < 1:
         raise ValueError(text)
     return number
-
-
-def _parse_widths(text: str) -> list[int]:
-    try:
-        return [int(width) for width in text.split(",")]
-    except ValueError:
-        raise UserError(f"--widths {text!r} must be whole numbers separated by commas, as 2048,6144,65536.") from None
 
 
 def _run_saelens(arguments: list[str]) -> None:

@@ -9,10 +9,13 @@ import math
 import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+from sae_lens_matryoshka.errors import UserError
 
 PAPER_FRACTIONS = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
 """The prefixes of the paper's Gemma-2-2B SAEs: 2048, 6144, 14336, 30720 and 65536 of 65536 latents."""
@@ -86,6 +89,35 @@ def validate_widths(widths: Sequence[int], d_sae: int, field: str = "matryoshka_
         )
         checked.append(d_sae)
     return checked
+
+
+def recorded_widths(cfg_dict: dict[str, Any]) -> list[int] | None:
+    """The level widths that an SAE's config records, or None.
+
+    They stand in our own configs, in the metadata of levels cut out of an SAE, and in SAELens's metadata of how the
+    SAE was trained (``training_architecture_details``).
+
+    Args:
+        cfg_dict: An SAE's config as ``cfg.to_dict()`` gives it.
+    """
+    metadata = cfg_dict.get("metadata") or {}
+    training_details = metadata.get("training_architecture_details") or {}
+    for source in (cfg_dict, metadata, training_details):
+        if source.get("matryoshka_widths"):
+            return list(source["matryoshka_widths"])
+    return None
+
+
+def parse_widths(text: str) -> list[int]:
+    """Widths as the command line takes them, ``2048,6144,65536``.
+
+    Raises:
+        UserError: If they are not whole numbers separated by commas.
+    """
+    try:
+        return [int(width) for width in text.split(",")]
+    except ValueError:
+        raise UserError(f"--widths {text!r} must be whole numbers separated by commas, as 2048,6144,65536.") from None
 
 
 def validate_level_weights(weights: Sequence[float], n_levels: int, field: str = "level_weights") -> list[float]:

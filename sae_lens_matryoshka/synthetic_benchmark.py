@@ -19,7 +19,7 @@ from sae_lens.synthetic import HierarchyNode, SyntheticModel, eval_sae_on_synthe
 from sae_lens.util import cosine_similarities
 from torch import Tensor
 
-from sae_lens_matryoshka.saes.matryoshka_sae import recorded_widths
+from sae_lens_matryoshka.levels import recorded_widths
 
 RECOVERED_COSINE = 0.9
 """A feature counts as recovered if a decoder direction has at least this cosine similarity with it."""

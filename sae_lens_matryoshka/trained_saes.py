@@ -16,8 +16,9 @@ from torch import Tensor
 
 from sae_lens_matryoshka.calibration import ThresholdCalibration, calibrate_threshold
 from sae_lens_matryoshka.level_metrics import LevelMetrics, measure_levels
+from sae_lens_matryoshka.levels import recorded_widths
 from sae_lens_matryoshka.loading.checks import read_config
-from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, recorded_widths
+from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
 from sae_lens_matryoshka.saes.matryoshka_sae_kinds import KINDS
 from sae_lens_matryoshka.saes.nested_training_sae import NestedTrainingSAE
 from sae_lens_matryoshka.synthetic_benchmark import SyntheticScores

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Column, Table
 from sae_lens import SAE
-from safetensors import SafetensorError
 
 from sae_lens_matryoshka.bench.absorption import Absorption
 from sae_lens_matryoshka.bench.activation_source import ActivationSource
@@ -36,8 +35,11 @@ from sae_lens_matryoshka.bench.upstream import (
     ScrAndTppEvalConfig,
     SparseProbingEvalConfig,
 )
+from sae_lens_matryoshka.data_files import READERS
 from sae_lens_matryoshka.errors import UserError
-from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, recorded_widths
+from sae_lens_matryoshka.hub.loading import load_any
+from sae_lens_matryoshka.levels import parse_widths
+from sae_lens_matryoshka.training.data_set import open_text_file
 
 CONFIGS: dict[str, type[BaseEvalConfig]] = {
     "sparse_probing": SparseProbingEvalConfig,
@@ -62,7 +64,9 @@ def run_command(options: argparse.Namespace) -> None:
     data = [_read_data(text) for text in options.data]
     evaluations = build_evaluations(options.evals.split(","), options.set, data, options.text)
     which = None if options.levels == "all" else _parse_levels(options.levels)
-    loaded = [_load_sae(text, options.device) for text in options.saes]
+    places = [_name_and_place(text) for text in options.saes]
+    widths = _widths_by_name(options.widths, [name for name, _ in places])
+    loaded = [(name, _load_sae(where, widths.get(name), options)) for name, where in places]
     saes = [evaluated for name, sae in loaded for evaluated in levels(name, sae, which)]
     model_name = options.model or loaded[0][1].cfg.metadata.model_name
     if model_name is None:
@@ -75,7 +79,7 @@ def run_command(options: argparse.Namespace) -> None:
     if not report.results.empty:
         console.print(_table(headline_table(report.results)))
         console.print(f"Results, figures and {RESULTS_FILENAME} are in {report.output}", soft_wrap=True)
-    for sentence in report.skipped:
+    for sentence in [*report.skipped, *_unused(options, evaluations)]:
         console.print(sentence, soft_wrap=True)
     console.print(str(cache), soft_wrap=True)
     if report.failures:
@@ -99,16 +103,23 @@ def build_evaluations(
     for name in names:
         if name not in CONFIGS:
             raise UserError(f"There is no evaluation {name!r}; choose from {', '.join(CONFIGS)}.")
+    data_names = [labelled.name for labelled in data]
+    if len(set(data_names)) < len(data_names):
+        raise UserError(f"Two files of --data have the same name, of {', '.join(data_names)}; give each its own.")
     changes: dict[str, dict[str, Any]] = {name: {} for name in names}
     if data:
         for name in {"sparse_probing", "tpp", "scr"} & set(names):
-            changes[name]["dataset_names"] = [labelled.name for labelled in data]
+            changes[name]["dataset_names"] = data_names
     if text is not None and "core" in names:
         changes["core"]["dataset"] = text
+        if Path(text).suffix in READERS:
+            open_text_file(text)  # raises where it cannot be used
     for setting in settings:
         name, field, value = _parse_setting(setting)
         if name not in changes:
             raise UserError(f"--set {setting}: {name!r} is not among the evaluations to run ({', '.join(names)}).")
+        if text is not None and (name, field) == ("core", "dataset"):
+            raise UserError(f"--text {text} and --set {setting} name two texts for core; leave one out.")
         changes[name][field] = value
     configs = {name: _config(name, changes[name]) for name in names}
     build = {
@@ -120,6 +131,16 @@ def build_evaluations(
         "meta_structure": MetaStructure,
     }
     return [build[name](config) for name, config in configs.items()]
+
+
+def _unused(options: argparse.Namespace, evaluations: Sequence[Evaluation]) -> Iterator[str]:
+    """What was given on the command line and no evaluation has asked for, a sentence each."""
+    if options.text is not None and not any(isinstance(evaluation, Core) for evaluation in evaluations):
+        yield f"--text {options.text} was not used: core was not among the evaluations."
+    used = {name for evaluation in evaluations for name in getattr(evaluation.config, "dataset_names", [])}
+    for text in options.data:
+        if text.partition("=")[0] not in used:
+            yield f"--data {text} was not used: no evaluation has read it."
 
 
 def _config(name: str, changes: dict[str, Any]) -> Any:
@@ -166,26 +187,38 @@ def _read_data(text: str) -> LabelledText:
     return LabelledText.from_file(path, name)
 
 
-def _load_sae(text: str, device: str) -> tuple[str, SAE[Any]]:
-    """``[NAME=]FOLDER`` or ``[NAME=]REPOSITORY:ID``."""
+def _name_and_place(text: str) -> tuple[str, str]:
+    """``[NAME=]FOLDER`` or ``[NAME=]REPOSITORY:ID`` in two; folders may have ``=`` in their names too."""
     name, separator, where = text.partition("=")
-    if not separator:
+    if not separator or Path(text).exists():
         name, where = "", text
+    return name or Path(where).name.replace(":", "_"), where
+
+
+def _widths_by_name(texts: Sequence[str], names: Sequence[str]) -> dict[str, list[int]]:
+    """What ``--widths`` says of which SAE."""
+    by_name: dict[str, list[int]] = {}
+    for text in texts:
+        name, separator, widths = text.rpartition("=")
+        if not separator and len(names) == 1:
+            name = names[0]
+        if name not in names or name in by_name:
+            raise UserError(
+                f"--widths {text!r} must be NAME=WIDTHS, NAME one of {', '.join(names)}, each once at most."
+            )
+        by_name[name] = parse_widths(widths)
+    return by_name
+
+
+def _load_sae(where: str, widths: Sequence[int] | None, options: argparse.Namespace) -> SAE[Any]:
     repository, colon, sae_id = where.partition(":")
+    source, sae_id = (repository, sae_id) if colon and not Path(where).exists() else (where, None)
     try:
-        if (Path(where) / "cfg.json").is_file():
-            sae: SAE[Any] = SAE.load_from_disk(where, device=device)
-        elif colon:
-            sae = SAE.from_pretrained(repository, sae_id, device=device)
-        else:
-            raise UserError(f"There is no saved SAE at {where} (no cfg.json); one on the Hub is REPOSITORY:ID.")
-        if recorded_widths(sae.cfg.to_dict()) is not None:
-            sae = MatryoshkaSAE.from_sae(sae)
+        return load_any(source, sae_id, widths=widths, device=options.device, dtype=options.dtype)
     except UserError:
         raise
-    except (ValueError, TypeError, KeyError, SafetensorError) as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"{where} cannot be loaded: {error}") from error
-    return name or Path(where).name.replace(":", "_"), sae
 
 
 def _table(headlines: pd.DataFrame) -> Table:

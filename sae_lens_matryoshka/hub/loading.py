@@ -1,13 +1,18 @@
-"""Loading a Matryoshka SAE from wherever it lies: a folder, a checkpoint file, a repository or a SAELens release."""
+"""Loading an SAE from wherever it lies: a folder, a checkpoint file, a repository or a SAELens release."""
 
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
 
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.levels import recorded_widths
+from sae_lens_matryoshka.loading.checks import check_parameters
 from sae_lens_matryoshka.loading.dictionary_learning import WEIGHTS_FILENAME, dictionary_learning_disk_loader
+from sae_lens_matryoshka.loading.loaded import load_published_sae, load_saved_sae
 from sae_lens_matryoshka.loading.published import published_folder_loader, published_sae_loader
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
 
@@ -37,11 +42,45 @@ def load(
 
     Raises:
         UserError: If there is no such SAE, the Hub cannot be reached, or the files are damaged or contradictory.
-        ValueError: If the widths are neither given, recorded nor known, or do not fit the SAE.
+        ValueError: If the widths are neither given, recorded nor known, contradict those, or do not fit the SAE.
     """
+    sae = _load(source, sae_id, device, dtype, revision, force_download)
+    return MatryoshkaSAE.from_sae(sae, widths)
+
+
+def load_any(
+    source: str | Path,
+    sae_id: str | None = None,
+    *,
+    widths: Sequence[int] | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+) -> SAE[Any]:
+    """As :func:`load`, but an SAE whose widths are neither given, recorded nor known comes without levels.
+
+    Raises:
+        UserError: If there is no such SAE, the Hub cannot be reached, or the files are damaged or contradictory.
+        ValueError: If the widths do not fit the SAE.
+        TypeError: If levels cannot be given to this kind of SAE.
+    """
+    sae = _load(source, sae_id, device, dtype)
+    if widths is not None or recorded_widths(sae.cfg.to_dict()) is not None:
+        return MatryoshkaSAE.from_sae(sae, widths)
+    check_parameters(sae)
+    return sae
+
+
+def _load(
+    source: str | Path,
+    sae_id: str | None,
+    device: str,
+    dtype: str | None,
+    revision: str | None = None,
+    force_download: bool = False,
+) -> SAE[Any]:
     path = Path(source) / (sae_id or "")
     if sae_id is None or path.exists():
-        return _load_from_disk(path, widths, device, dtype)
+        return _load_from_disk(path, device, dtype)
     loader = published_sae_loader(str(source))
     if revision is not None:
         if loader is None:
@@ -49,20 +88,17 @@ def load(
                 f"revision={revision!r} is not possible for {source}, whose format SAELens reads by itself."
             )
         loader = partial(published_folder_loader, revision=revision)
-    return MatryoshkaSAE.from_pretrained(
-        str(source), sae_id, device, dtype or "float32", force_download, loader, widths=widths
+    return load_published_sae(str(source), sae_id, device, dtype or "float32", force_download, loader)[0]
+
+
+def _load_from_disk(path: Path, device: str, dtype: str | None) -> SAE[Any]:
+    if (path / SAE_CFG_FILENAME).is_file():
+        return load_saved_sae(path, device, dtype)
+    if path.is_file() or (path / WEIGHTS_FILENAME).is_file():
+        return load_saved_sae(path, device, dtype, dictionary_learning_disk_loader)
+    ids = sorted(str(cfg.parent.relative_to(path)) for cfg in path.glob(f"*/{SAE_CFG_FILENAME}"))
+    if ids:
+        raise UserError(f"{path} holds several SAEs; say which one by its id: {', '.join(ids)}.")
+    raise UserError(
+        f"There is no saved SAE at {path} (no {SAE_CFG_FILENAME}); for a Hub repository or release give its id too."
     )
-
-
-def _load_from_disk(path: Path, widths: Sequence[int] | None, device: str, dtype: str | None) -> MatryoshkaSAE:
-    is_saelens = (path / SAE_CFG_FILENAME).is_file()
-    if not is_saelens and (path.is_file() or (path / WEIGHTS_FILENAME).is_file()):
-        return MatryoshkaSAE.load_from_disk(path, device, dtype, dictionary_learning_disk_loader, widths=widths)
-    if not is_saelens:
-        ids = sorted(str(cfg.parent.relative_to(path)) for cfg in path.glob(f"*/{SAE_CFG_FILENAME}"))
-        if ids:
-            raise UserError(f"{path} holds several SAEs; say which one by its id: {', '.join(ids)}.")
-        raise UserError(
-            f"There is no saved SAE at {path} (no {SAE_CFG_FILENAME}); for a Hub repository or release give its id too."
-        )
-    return MatryoshkaSAE.load_from_disk(path, device, dtype, widths=widths)

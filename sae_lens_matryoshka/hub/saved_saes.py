@@ -16,8 +16,9 @@ from sae_lens.synthetic import RUNNER_CONFIG_FILENAME
 
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.hub.local_paths import Replacement, without_local_paths
+from sae_lens_matryoshka.levels import recorded_widths
 from sae_lens_matryoshka.loading.checks import check_parameters, check_saved_sae, loading_errors, read_json
-from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, recorded_widths
+from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
 from sae_lens_matryoshka.trained_saes import LEVELS_FILENAME
 
 

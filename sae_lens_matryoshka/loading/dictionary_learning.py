@@ -21,6 +21,10 @@ WEIGHTS_FILENAME = "ae.pt"
 CONFIG_FILENAME = "config.json"
 
 
+class NotMatryoshkaError(UserError):
+    """A checkpoint that has no groups of latents."""
+
+
 def dictionary_learning_disk_loader(
     path: str | Path, device: str = "cpu", cfg_overrides: dict[str, Any] | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -35,6 +39,7 @@ def dictionary_learning_disk_loader(
         A ``jumprelu`` config whose metadata hold the widths, and the parameters by SAELens's names.
 
     Raises:
+        NotMatryoshkaError: If it is a checkpoint without groups of latents.
         UserError: If the file is missing, damaged, holds anything but tensors, or is no such checkpoint.
     """
     path = Path(path)
@@ -92,7 +97,7 @@ def _check(checkpoint: dict[str, Tensor], file: Path) -> tuple[int, int]:
     needed = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "group_sizes")
     missing = [name for name in needed if name not in checkpoint]
     if missing:
-        raise UserError(
+        raise (NotMatryoshkaError if "group_sizes" in missing else UserError)(
             f"{file} is not a checkpoint of dictionary_learning's MatryoshkaBatchTopKSAE: {', '.join(missing)} missing."
         )
     if checkpoint["W_enc"].ndim != 2:

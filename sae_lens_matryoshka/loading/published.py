@@ -13,7 +13,11 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from sae_lens import PretrainedSaeHuggingfaceLoader
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
-from sae_lens.loading.pretrained_sae_loaders import get_conversion_loader_name, sae_lens_disk_loader
+from sae_lens.loading.pretrained_sae_loaders import (
+    dictionary_learning_sae_huggingface_loader_1,
+    get_conversion_loader_name,
+    sae_lens_disk_loader,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,6 +26,7 @@ from sae_lens_matryoshka.loading.checks import check_saved_sae
 from sae_lens_matryoshka.loading.dictionary_learning import (
     CONFIG_FILENAME,
     WEIGHTS_FILENAME,
+    NotMatryoshkaError,
     dictionary_learning_disk_loader,
 )
 from sae_lens_matryoshka.loading.hub_errors import hub_errors
@@ -63,7 +68,10 @@ def published_folder_loader(
     """
     folder = _download(repo_id, folder_name, revision, force_download)
     if (folder / WEIGHTS_FILENAME).is_file() and not (folder / SAE_CFG_FILENAME).is_file():
-        return *dictionary_learning_disk_loader(folder, device, cfg_overrides), None
+        try:
+            return *dictionary_learning_disk_loader(folder, device, cfg_overrides), None
+        except NotMatryoshkaError:  # another class of dictionary_learning's, which SAELens tells by its config
+            return dictionary_learning_sae_huggingface_loader_1(repo_id, folder_name, device, False, cfg_overrides)
     check_saved_sae(folder, (cfg_overrides or {}).get("dtype"))
     cfg, state_dict = sae_lens_disk_loader(folder, device, cfg_overrides)
     sparsity = folder / SPARSITY_FILENAME

@@ -20,11 +20,10 @@ from sae_lens.util import dtype_to_str
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sae_lens_matryoshka.levels import level_index, level_of, validate_widths
-from sae_lens_matryoshka.loading.checks import check_parameters, check_saved_sae, loading_errors
-from sae_lens_matryoshka.loading.hub_errors import hub_errors
-from sae_lens_matryoshka.loading.known_releases import known_widths
-from sae_lens_matryoshka.loading.published import published_sae_loader
+from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.levels import level_index, level_of, recorded_widths, validate_widths
+from sae_lens_matryoshka.loading.checks import check_parameters
+from sae_lens_matryoshka.loading.loaded import load_published_sae, load_saved_sae
 from sae_lens_matryoshka.saes.plugin_sae import PluginSAE
 
 
@@ -223,7 +222,8 @@ class MatryoshkaSAE(PluginSAE):
             widths: The level widths, for SAEs published without them; None reads them from the config or metadata.
 
         Raises:
-            ValueError: If the widths are neither given nor recorded, or do not fit the SAE.
+            ValueError: If the widths are neither given nor recorded, contradict the recorded ones, or do not fit the
+                SAE.
             TypeError: If levels cannot be given to this kind of SAE.
         """
         from sae_lens_matryoshka.saes.matryoshka_sae_kinds import KINDS  # which are subclasses of this class
@@ -241,8 +241,11 @@ class MatryoshkaSAE(PluginSAE):
                 f"Levels can be given to SAEs of the architectures {', '.join(KINDS)}, not to a {type(sae).__name__} "
                 f"(architecture {architecture!r})."
             )
+        recorded = recorded_widths(cfg_dict)
         if widths is None:
-            widths = recorded_widths(cfg_dict)
+            widths = recorded
+        elif recorded is not None:
+            _check_equal(widths, recorded, cfg_dict["d_sae"])
         if widths is None:
             raise ValueError(
                 f"This {architecture} SAE does not record its level widths. If it was trained as a Matryoshka SAE, "
@@ -283,11 +286,7 @@ class MatryoshkaSAE(PluginSAE):
         Raises:
             ValueError: If the widths are neither given nor recorded, or the files are damaged or contradict each other.
         """
-        with loading_errors(str(path)):
-            if converter is sae_lens_disk_loader:
-                check_saved_sae(Path(path), dtype)
-            sae: SAE[Any] = SAE.load_from_disk(path, device, dtype, converter, fold_W_dec_norm)
-        return cls.from_sae(sae, widths)
+        return cls.from_sae(load_saved_sae(path, device, dtype, converter, fold_W_dec_norm), widths)
 
     @override
     @classmethod
@@ -336,18 +335,9 @@ class MatryoshkaSAE(PluginSAE):
         widths: Sequence[int] | None = None,
     ) -> "tuple[MatryoshkaSAE, dict[str, Any], Tensor | None]":
         """As :meth:`from_pretrained`, with the published config and log sparsity beside the SAE."""
-        with hub_errors(release), loading_errors(f"{sae_id} of {release}"):
-            sae, cfg_dict, log_sparsity = SAE.from_pretrained_with_cfg_and_sparsity(
-                release,
-                sae_id,
-                device,
-                dtype,
-                force_download,
-                converter or published_sae_loader(release),
-                fold_W_dec_norm,
-            )
-        if widths is None and recorded_widths(sae.cfg.to_dict()) is None:
-            widths = known_widths(release, sae_id)
+        sae, cfg_dict, log_sparsity = load_published_sae(
+            release, sae_id, device, dtype, force_download, converter, fold_W_dec_norm
+        )
         return cls.from_sae(sae, widths), cfg_dict, log_sparsity
 
     @override
@@ -367,18 +357,7 @@ class MatryoshkaSAE(PluginSAE):
         return self.cfg.d_sae if level is None else self.widths[level_index(level, self.widths)]
 
 
-def recorded_widths(cfg_dict: dict[str, Any]) -> list[int] | None:
-    """The level widths that an SAE's config records, or None.
-
-    They stand in our own configs, in the metadata of levels cut out of an SAE, and in SAELens's metadata of how the
-    SAE was trained (``training_architecture_details``).
-
-    Args:
-        cfg_dict: An SAE's config as ``cfg.to_dict()`` gives it.
-    """
-    metadata = cfg_dict.get("metadata") or {}
-    training_details = metadata.get("training_architecture_details") or {}
-    for source in (cfg_dict, metadata, training_details):
-        if source.get("matryoshka_widths"):
-            return list(source["matryoshka_widths"])
-    return None
+def _check_equal(widths: Sequence[int], recorded: Sequence[int], d_sae: int) -> None:
+    """Refuse widths given by hand that are not those the SAE was trained with; either may leave out the full one."""
+    if validate_widths(widths, d_sae, "widths") != list(dict.fromkeys([*recorded, d_sae])):
+        raise UserError(f"widths={list(widths)} contradict this SAE's own, {list(recorded)}; leave them out.")

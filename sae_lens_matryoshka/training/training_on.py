@@ -29,8 +29,9 @@ from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SAE_CFG_FILENAME
 from torch import Tensor
 
 from sae_lens_matryoshka.errors import ConfigError, UserError
+from sae_lens_matryoshka.levels import recorded_widths
 from sae_lens_matryoshka.loading.checks import check_parameters, check_saved_sae, loading_errors, read_json
-from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, recorded_widths
+from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
 from sae_lens_matryoshka.saes.matryoshka_sae_kinds import KINDS
 from sae_lens_matryoshka.saes.nested_training_sae import NestedTrainingSAE
 from sae_lens_matryoshka.training.manifest import MANIFEST_FILENAME, find_damage

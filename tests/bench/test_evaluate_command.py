@@ -6,14 +6,19 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from pydantic import TypeAdapter
 from sae_bench.sae_bench_utils import graphing_utils
+from sae_lens import GatedSAE, GatedSAEConfig
+from sae_lens.saes.sae import SAEMetadata
 
-from sae_lens_matryoshka import MatryoshkaSAE
+from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.bench import load_results, upstream
 from sae_lens_matryoshka.bench.figures import plot_results
 from sae_lens_matryoshka.bench.results import headline_table
 from sae_lens_matryoshka.cli import main
+from tests.bench.fixtures import HOOK
+from tests.loading.test_dictionary_learning import fake_checkpoint
 
 QUICK = {
     "sparse_probing": {"probe_train_set_size": 40, "probe_test_set_size": 20, "context_length": 16, "k_values": "[1]"},
@@ -95,6 +100,9 @@ def test_everything_from_the_command_line(
 def test_a_rerun_keeps_what_is_finished(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     arguments += [*_evals("meta_structure"), "--levels", "0"]
     assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "was not used: core was not among the evaluations" in printed
+    assert "kinds.jsonl was not used: no evaluation has read it" in printed
     (path,) = (tmp_path / "out" / "meta_structure").glob("matryoshka*.json")
     first = path.read_text()
     assert main(arguments) == 0
@@ -143,6 +151,9 @@ def test_what_cannot_be_fetched_is_named_and_the_rest_is_done(
         (["--levels", "first"], "--levels 'first' must be all, or whole numbers"),
         (["--levels", "7"], "matryoshka: level 7 is out of range"),
         (["--data", "kinds.csv"], "--data 'kinds.csv' must be NAME=FILE"),
+        (["--data", "kinds=KINDS"], "Two files of --data have the same name, of kinds, kinds"),
+        (["--evals", "core", "--set", "core.dataset=x"], "--set core.dataset=x name two texts for core; leave one out"),
+        (["--evals", "core", "--text", "nowhere.jsonl"], "There is no file nowhere.jsonl"),
         (["--model", "nobody/nothing"], "The model 'nobody/nothing' cannot be loaded"),
         (["--evals", "meta_structure", "--hook", "somewhere"], "hook_name='somewhere' is not a hook of a block"),
     ],
@@ -150,11 +161,67 @@ def test_what_cannot_be_fetched_is_named_and_the_rest_is_done(
 def test_mistakes_are_one_sentence(
     changes: list[str], message: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
+    changes = [change.replace("KINDS", str(tmp_path / "kinds.jsonl")) for change in changes]
     assert main([*arguments, *changes]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
     assert not list(tmp_path.glob("out/*/*.json"))
+
+
+def _with_sae(arguments: list[str], *saes: str) -> list[str]:
+    return ["evaluate", *saes, *arguments[3:]]
+
+
+def test_saes_without_recorded_widths_and_of_other_formats(arguments: list[str], tmp_path: Path):
+    """A plain SAE of another architecture, the same file with and without levels, and dictionary_learning's."""
+    gated = GatedSAE(GatedSAEConfig(64, 24, metadata=SAEMetadata(hook_name=HOOK)))
+    gated.save_model(tmp_path / "gated=0")
+    (tmp_path / "ae").mkdir()
+    torch.save(fake_checkpoint(64, [8, 24]), tmp_path / "ae" / "ae.pt")
+    saes = ["levels", "whole"]
+    named = [*(f"{name}={tmp_path / 'plain'}" for name in saes), str(tmp_path / "gated=0"), str(tmp_path / "ae")]
+    options = [*_evals("meta_structure"), "--widths", "levels=16,48", "--hook", HOOK]
+    assert main([*_with_sae(arguments, *named), *options]) == 0
+    results = load_results(tmp_path / "out")
+    widths = results.drop_duplicates(["sae", "level"]).set_index("sae")["width"]
+    assert widths.groupby(level=0).apply(list).to_dict() == {
+        "ae": [8, 32], "gated=0": [24], "levels": [16, 48], "whole": [48],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("saes", "options", "message"),
+    [
+        (["matryoshka"], ["--widths", "16,128"], "widths=[16, 128] contradict this SAE's own, [16, 48, 128]"),
+        (["plain"], ["--widths", "ten"], "--widths 'ten' must be whole numbers separated by commas"),
+        (["plain"], ["--widths", "16,49"], "49 is above d_sae=48"),
+        (["plain", "matryoshka"], ["--widths", "16,48"], "must be NAME=WIDTHS, NAME one of plain, matryoshka"),
+        (["plain"], ["--widths", "other=16,48"], "must be NAME=WIDTHS, NAME one of plain"),
+        (["gated"], ["--widths", "4,24"], "gated cannot be loaded: Levels can be given to SAEs of the architectures"),
+        (["nan"], [], "W_dec of this SAE holds 1 values that are NaN or infinite"),
+        (["nowhere"], [], "There is no saved SAE at"),
+        (["checkpoint"], [], "is a training checkpoint, not a saved SAE"),
+        (["nobody/nothing:x"], [], "nobody/nothing"),
+    ],
+)  # fmt: skip
+def test_saes_that_cannot_be_used_are_one_sentence(
+    saes: list[str], options: list[str], message: str, arguments: list[str], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sae_lens_matryoshka.bench.command.load_model", lambda *_: pytest.fail("the model was loaded"))
+    gated = GatedSAE(GatedSAEConfig(64, 24))
+    gated.save_model(tmp_path / "gated")
+    with torch.no_grad():
+        gated.W_dec[0, 0] = torch.nan
+    gated.save_model(tmp_path / "nan")
+    config = MatryoshkaTrainingSAEConfig(64, 24, k=3, matryoshka_widths=[5, 24])
+    MatryoshkaTrainingSAE(config).save_model(tmp_path / "checkpoint")
+    assert main([*_with_sae(arguments, *saes), *options]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
 
 
 def test_figures_of_one_evaluation_without_l0(tmp_path: Path):

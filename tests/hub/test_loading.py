@@ -1,8 +1,10 @@
 """Loading published SAEs through the real client: other people's formats, damaged downloads, what is missing."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +13,15 @@ from sae_lens import (
     SAE,
     MatryoshkaBatchTopKTrainingSAE,
     MatryoshkaBatchTopKTrainingSAEConfig,
+    TopKSAE,
     upload_saes_to_huggingface,
 )
+from sae_lens.registry import SAE_CLASS_REGISTRY
 from safetensors.torch import save
 
 from sae_lens_matryoshka import MatryoshkaSAE, hub
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.hub.loading import load_any
 from tests.hub.local_hub import Fault, LocalHub
 from tests.loading.test_dictionary_learning import fake_checkpoint
 
@@ -60,7 +65,9 @@ def test_a_release_of_saelens_directory_without_recorded_widths(local_hub: Local
     sae = MatryoshkaSAE.from_pretrained("gemma-2-2b-res-matryoshka-dc", ID)
     assert sae.widths == [128, 512, 2048, 8192, 32768]
     assert sae.W_dec.equal(weights["W_dec"])
-    assert hub.load("gemma-2-2b-res-matryoshka-dc", ID, widths=[5, 32768]).widths == [5, 32768]
+    assert hub.load("gemma-2-2b-res-matryoshka-dc", ID, widths=[128, 512, 2048, 8192, 32768]).widths == sae.widths
+    with pytest.raises(UserError, match=r"widths=\[5, 32768\] contradict this SAE's own, \[128, 512, "):
+        hub.load("gemma-2-2b-res-matryoshka-dc", ID, widths=[5, 32768])
 
 
 def test_a_gemma_scope_2_sae_takes_its_widths_by_hand(local_hub: LocalHub):
@@ -95,6 +102,47 @@ def test_saebenchs_matryoshka_saes_bring_their_widths(local_hub: LocalHub):
     assert sae.cfg.metadata.neuronpedia_id == "gemma-2-2b/12-sae_bench-matryoshka-res-4k__trainer_0_step_final"
     by_repository = hub.load("adamkarvonen/saebench_gemma-2-2b_width-2pow12_date-0108", folder)
     assert by_repository.W_enc.equal(sae.W_enc)
+
+
+def test_other_saes_in_dictionary_learnings_format_load_as_in_saelens(local_hub: LocalHub):
+    release = ("sae_bench_gemma-2-2b_topk_width-2pow12_date-1109", "blocks.12.hook_resid_post__trainer_0")
+    folder = "gemma-2-2b_topk_width-2pow12_date-1109/resid_post_layer_12/trainer_0"
+    trainer = {"dict_class": "AutoEncoderTopK", "activation_dim": 6, "dict_size": 20, "k": 3, "layer": 12}
+    config = {"trainer": {**trainer, "lm_name": "google/gemma-2-2b"}, "buffer": {"ctx_len": 1024}}
+    checkpoint = {
+        "encoder.weight": torch.randn(20, 6), "encoder.bias": torch.randn(20), "decoder.weight": torch.randn(6, 20),
+        "b_dec": torch.randn(6), "k": torch.tensor(3),
+    }  # fmt: skip
+    files = {f"{folder}/ae.pt": _bytes(checkpoint), f"{folder}/config.json": json.dumps(config).encode()}
+    local_hub.create("canrager/saebench_gemma-2-2b_width-2pow12_date-1109", files)
+    sae, x = load_any(*release), torch.randn(50, 6)
+    assert type(sae) is TopKSAE
+    assert sae(x).equal(SAE.from_pretrained(*release)(x))
+    assert load_any(*release, widths=[5, 20])(x).equal(sae(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("architecture", SAE_CLASS_REGISTRY)
+def test_any_architecture_that_saelens_has_loads(tmp_path: Path, architecture: str):
+    sae_class, config_class = SAE_CLASS_REGISTRY[architecture]
+    special: dict[str, Any] = {"d_out": 9, "k": 3, "matryoshka_widths": [5, 16], "n_heads": 2, "bottleneck_factor": 2}
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    settings = {name: value for name, value in special.items() if name in fields}
+    if "d_out" in fields:
+        settings["apply_b_dec_to_input"] = False
+    if architecture == "temporal":
+        settings |= {"sae_diff_type": "relu", "normalize_activations": "none"}
+    sae = sae_class(config_class(8, 16, **settings))
+    sae.save_model(tmp_path)
+    loaded, theirs, x = load_any(tmp_path), SAE.load_from_disk(tmp_path), torch.randn(2, 5, 8)
+    assert isinstance(loaded, MatryoshkaSAE) == architecture.startswith("matryoshka")
+    assert type(loaded) is type(theirs)
+    assert loaded(x).equal(theirs(x))
+    with torch.no_grad():
+        sae.b_dec[0] = torch.nan
+    sae.save_model(tmp_path)
+    with pytest.raises(UserError, match="b_dec of this SAE holds 1 values that are NaN or infinite"):
+        load_any(tmp_path)
 
 
 def test_what_there_is_is_named_where_an_id_is_wrong(local_hub: LocalHub, saved_sae: Path):

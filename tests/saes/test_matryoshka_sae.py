@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ from sae_lens_matryoshka import (
     MatryoshkaTopKTrainingSAEConfig,
     MatryoshkaTrainingSAE,
     MatryoshkaTrainingSAEConfig,
+    hub,
 )
+from sae_lens_matryoshka.errors import UserError
 from tests.conftest import random_matryoshka_sae
 
 NORMALIZATIONS = ["none", "layer_norm", "constant_norm_rescale"]
@@ -267,6 +270,23 @@ def test_widths_given_by_hand_and_widths_missing(matryoshka_sae: MatryoshkaJumpR
         MatryoshkaSAE.from_sae(plain, widths=[5, 21])
 
 
+def test_widths_given_by_hand_must_be_those_that_are_recorded(matryoshka_sae: MatryoshkaJumpReLUSAE, tmp_path: Path):
+    training_sae = MatryoshkaTrainingSAE(MatryoshkaTrainingSAEConfig(6, 20, k=3, matryoshka_widths=[1, 3, 8, 20]))
+    training_sae.save_inference_model(tmp_path / "trained")  # they are recorded in another place for each of these
+    matryoshka_sae.save_model(tmp_path / "saved")
+    matryoshka_sae.at_level(-1).save_model(tmp_path / "level")
+    loads = [partial(MatryoshkaSAE.from_sae, sae) for sae in (matryoshka_sae, training_sae)]
+    for path in tmp_path.iterdir():
+        loads += [partial(MatryoshkaSAE.load_from_disk, path), partial(hub.load, path)]
+    for load in loads:
+        assert load(widths=(1, 3, 8, 20)).widths == [1, 3, 8, 20]
+        with pytest.warns(UserWarning, match="ends below d_sae=20"):
+            assert load(widths=[1, 3, 8]).widths == [1, 3, 8, 20]
+        for widths in ([8, 20], [1, 3, 8, 19, 20], [20]):
+            with pytest.raises(UserError, match=r"widths=\[.*20\] contradict this SAE's own, \[1, 3, 8, 20\]"):
+                load(widths=widths)
+
+
 def test_from_sae_shares_the_parameters_of_a_jumprelu_sae(matryoshka_sae: MatryoshkaJumpReLUSAE):
     plain = matryoshka_sae.at_level(-1)
     assert MatryoshkaSAE.from_sae(plain).W_enc is plain.W_enc
@@ -294,8 +314,8 @@ def test_from_pretrained_uses_saelens_own_loader(matryoshka_sae: MatryoshkaJumpR
     assert asked == [("someone/saes", "layer_1")]
     assert loaded.widths == [1, 3, 8, 20]
     torch.testing.assert_close(loaded(_x(4, 6)), matryoshka_sae(_x(4, 6)))
-    other = MatryoshkaSAE.from_pretrained("someone/saes", "layer_1", converter=converter, widths=[2, 20])
-    assert other.widths == [2, 20]
+    with pytest.raises(UserError, match=r"widths=\[2, 20\] contradict this SAE's own, \[1, 3, 8, 20\]; leave them out"):
+        MatryoshkaSAE.from_pretrained("someone/saes", "layer_1", converter=converter, widths=[2, 20])
     _, cfg_dict, log_sparsity = MatryoshkaSAE.from_pretrained_with_cfg_and_sparsity(
         "someone/saes", "layer_1", converter=converter
     )
