@@ -53,7 +53,7 @@ from sae_lens_matryoshka.training.fused_adam import fuse_adam
 from sae_lens_matryoshka.training.option_checks import check_samples, check_synthetic_options
 from sae_lens_matryoshka.training.resumable_store import take_over_store
 from sae_lens_matryoshka.training.run_folder import checkpoint_folder
-from sae_lens_matryoshka.training.start_checks import check_d_in, loading_errors
+from sae_lens_matryoshka.training.start_checks import check_context_size, check_d_in, loading_errors
 from sae_lens_matryoshka.training.token_ids import check_token_ids
 from sae_lens_matryoshka.training.training_on import StartingPoint, load_starting_point
 from sae_lens_matryoshka.training.wandb_run import wandb_run
@@ -82,6 +82,7 @@ def train(
     calibration_samples: int | None = None,
     measure_samples: int | None = None,
     checkpointing: CheckpointOptions = CheckpointOptions(),  # noqa: B008 it is frozen
+    trust_remote_code: bool = False,
 ) -> TrainResult:
     """Train what a run file asks for with SAELens's own runners.
 
@@ -100,6 +101,7 @@ def train(
             None takes 100,000.
         measure_samples: Fresh activations to measure the levels on; None takes 100,000.
         checkpointing: What checkpoints hold and how many are kept.
+        trust_remote_code: Whether the run file may ask for code that comes with a model or data set to be run.
 
     Raises:
         ConfigError: If the run file cannot be used, or names a model or data set that cannot be loaded.
@@ -107,7 +109,7 @@ def train(
             there are numbers that are not finite. The last checkpoint is as it was.
         FileExistsError: If the output folder is not empty and ``force`` is not set.
     """
-    configs = build_runner_configs(run)
+    configs = build_runner_configs(run, trust_remote_code)
     resume = run.get("resume_from_checkpoint") if resume is None else resume
     check_samples(configs, calibration_samples, measure_samples)
     samples = Samples(*(DEFAULT_SAMPLES if n is None else n for n in (calibration_samples, measure_samples)))
@@ -249,6 +251,7 @@ def _runner(
     start: StartingPoint | None = None,
 ) -> LanguageModelRunner | MultiSAERunner:
     """The runner of a config, its model and data set loaded."""
+    check_context_size(cfg)
     torch.manual_seed(cfg.seed)
     with loading_errors(cfg):
         if isinstance(cfg, MultiSAETrainingRunnerConfig):
