@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -196,9 +197,9 @@ def _read_data(text: str) -> LabelledText:
 def _name_and_place(text: str) -> tuple[str, str]:
     """``[NAME=]FOLDER`` or ``[NAME=]REPOSITORY:ID`` in two; folders may have ``=`` in their names too."""
     name, separator, where = text.partition("=")
-    if not separator or Path(text).exists():
+    if not separator or os.path.exists(text):
         name, where = "", text
-    name = name or (Path(where).resolve() if Path(where).exists() else Path(where)).name.replace(":", "_")
+    name = name or (Path(where).resolve() if os.path.exists(where) else Path(where)).name.replace(":", "_")
     if reason := why_no_folder(name):
         raise UserError(
             f"The name {name!r} of {text} cannot be that of result files, since it {reason}; give it one of letters, "
@@ -224,7 +225,7 @@ def _widths_by_name(texts: Sequence[str], names: Sequence[str]) -> dict[str, lis
 
 def _load_sae(where: str, widths: Sequence[int] | None, device: str, dtype: str) -> SAE[Any]:
     repository, colon, sae_id = where.partition(":")
-    source, sae_id = (repository, sae_id) if colon and not Path(where).exists() else (where, None)
+    source, sae_id = (repository, sae_id) if colon and not os.path.exists(where) else (where, None)
     try:
         return load_any(source, sae_id, widths=widths, device=device, dtype=dtype)
     except UserError:
