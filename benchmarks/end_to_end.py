@@ -29,7 +29,7 @@ from train_step import machine
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, paper_widths
 from sae_lens_matryoshka.config_files import build_runner_configs, read_run_file
-from sae_lens_matryoshka.runner import CalibratingLanguageModelRunner
+from sae_lens_matryoshka.runner import LanguageModelRunner
 from sae_lens_matryoshka.training.checkpointer import CheckpointOptions
 from sae_lens_matryoshka.training.fused_adam import fuse_adam
 
@@ -96,7 +96,7 @@ def tinystories(folder: Path, n_tokens: int, ours: bool) -> float:
         torch.manual_seed(cfg.seed)
         runner = LanguageModelSAETrainingRunner(cfg)
         if ours:
-            runner = CalibratingLanguageModelRunner(cfg, 0, CheckpointOptions(exact=False))
+            runner = LanguageModelRunner(cfg, CheckpointOptions(exact=False))
         start = time.perf_counter()
         runner.run()
         return n_tokens / (time.perf_counter() - start)

@@ -2,8 +2,10 @@
 
 import argparse
 import logging
+import re
 import runpy
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sae_lens_matryoshka import hub
 from sae_lens_matryoshka.config_files import read_run_file
-from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.errors import REPORT_BUG, UserError
 from sae_lens_matryoshka.levels import parse_widths
 from sae_lens_matryoshka.runner import train
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
@@ -48,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except (UserError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        print(f"error: {REPORT_BUG}", file=sys.stderr)
         return 1
     return 0
 
@@ -108,6 +114,11 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--keep-checkpoints", type=_positive, metavar="N", help="remove all but the newest N checkpoints of the run"
     )
 
+    train.add_argument(
+        "--trust-remote-code", action="store_true",
+        help="let the run file's trust_remote_code run code that comes with a model or data set",
+    )  # fmt: skip
+
     inspect = commands.add_parser("inspect", help="show the levels of a saved or published SAE")
     inspect.add_argument("sae", metavar="PATH_OR_REPO", help="a folder, a Hub repository or a SAELens release")
     inspect.add_argument("--id", help="the SAE's id in the repository or release")
@@ -127,6 +138,11 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     commands.add_parser(
         "saelens", add_help=False, help="SAELens's own training command, with the architecture 'matryoshka' registered"
     )
+    # argparse takes "-1,0" for an option of its own
+    arguments = [*arguments]
+    for place in reversed(range(len(arguments) - 1)):
+        if arguments[place] == "--levels" and re.fullmatch(r"-\d[-\d,]*", arguments[place + 1]):
+            arguments[place : place + 2] = [f"--levels={arguments[place + 1]}"]
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "saelens":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -178,7 +194,7 @@ def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
         "--cache", metavar="DIR", help="keep shared activations and probes there (default: in memory)"
     )
     evaluate.add_argument("--cache-size", type=float, default=50, metavar="GB", help="its bound (default: 50)")
-    evaluate.add_argument("--device", default="cpu", help="default: cpu")
+    evaluate.add_argument("--device", default="cpu", help="auto takes CUDA where there is one (default: cpu)")
     evaluate.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default: float32"
     )
@@ -201,6 +217,7 @@ def _train(options: argparse.Namespace) -> None:
         force=options.force,
         calibration_samples=options.calibration_samples,
         measure_samples=options.measure_samples,
+        trust_remote_code=options.trust_remote_code,
         checkpointing=CheckpointOptions(
             options.exact_resume, int(options.max_buffer_gb * 1e9), options.keep_checkpoints
         ),

@@ -8,6 +8,7 @@ file is reported here, before a model is loaded.
 import copy
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,13 +16,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeAlias, get_args, get_type_hints
 
-import torch
 import yaml
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, MultiSAETrainingRunnerConfig, TrainingSAEConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.synthetic import SyntheticModelConfig, SyntheticSAERunnerConfig, ZipfianFiringProbabilityConfig
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
+from sae_lens_matryoshka.devices import resolve_device
 from sae_lens_matryoshka.errors import ConfigError
 from sae_lens_matryoshka.run_file_saes import SAEFields, named_saes, why_no_folder
 from sae_lens_matryoshka.run_file_settings import apply_setting, load_yaml, remove_field
@@ -88,18 +89,24 @@ def read_run_file(path_or_name: str | Path, settings: Iterable[str] = (), unset:
     return run
 
 
-def build_runner_configs(run: Mapping[str, Any]) -> RunnerConfigs:
+def build_runner_configs(run: Mapping[str, Any], trust_remote_code: bool = False) -> RunnerConfigs:
     """Turn a run file's contents into the config of the SAELens runner it is meant for.
 
     ``synthetic_model`` selects the ``SyntheticSAERunner``, one run for each SAE on the same synthetic model; otherwise
     ``saes`` selects the ``MultiSAETrainingRunner`` and ``sae`` the ``LanguageModelSAETrainingRunner``. A ``sae`` beside
     ``saes`` gives its fields to every entry that has none of its own.
 
+    Args:
+        run: The run file's contents.
+        trust_remote_code: Whether the run file may ask for code of a model or data set to be run.
+
     Raises:
         ConfigError: If a key is unknown (the nearest valid one is named) or would not be used, a value has the wrong
             type, an SAE's name cannot be a folder, or SAELens refuses a value.
     """
     run = dict(run)
+    if not trust_remote_code:
+        _check_trusted(run)
     sae_fields = named_saes(run)
     _check_training_on(run, sae_fields)
     field = "saes.{}" if "saes" in run else "sae"
@@ -168,7 +175,10 @@ def _build(config_class: type, run: Mapping[str, Any]) -> Any:
         values["logger"] = _build_plain(LoggingConfig, values["logger"], "logger", "logger.{}".format)
     _resolve_devices(values)
     with _config_errors(config_class.__name__):
-        return config_class(**values)
+        config = config_class(**values)
+    if config_class is not LoggingConfig:
+        _check_numbers(config)
+    return config
 
 
 def _build_sae(fields: SAEFields, field: str) -> TrainingSAEConfig:
@@ -303,14 +313,53 @@ def _config_errors(field: str) -> Iterator[None]:
 
 
 def _resolve_devices(values: dict[str, Any]) -> None:
-    """Replace the device ``auto`` by the best one at hand, and refuse CUDA devices that are not there."""
-    best = "cuda" if torch.cuda.is_available() else "cpu"
     for field in ("device", "llm_device", "act_store_device"):
-        device = values.get(field)
-        if device == "auto":
-            values[field] = best
-        elif isinstance(device, str) and device.startswith("cuda") and best != "cuda":
-            raise ConfigError(f"{field}={device!r}, but this machine has no CUDA device; set {field}=cpu.")
+        if isinstance(values.get(field), str) and (field, values[field]) not in _NAMES_ANOTHER_FIELD:
+            values[field] = resolve_device(values[field], field)
+
+
+_NAMES_ANOTHER_FIELD = (("act_store_device", "with_model"),)
+
+
+def _check_trusted(value: Any, field: str = "") -> None:
+    """Refuse a run file that would run the code of a data set or model."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_trusted(inner, f"{field}.{key}" if field else str(key))
+    elif field.rpartition(".")[2] in ("trust_remote_code", "dataset_trust_remote_code") and value:
+        raise ConfigError(
+            f"{field}={value!r} runs code that comes with the model or data set, which a run file cannot decide; "
+            f"read that code, then say so yourself with --trust-remote-code."
+        )
+
+
+def _check_numbers(config: Any) -> None:
+    """Refuse numbers with which nothing would be trained, or not what was meant."""
+    n_samples, batch_size = ("training_samples", "batch_size") if hasattr(config, "training_samples") else (
+        "training_tokens", "train_batch_size_tokens"
+    )  # fmt: skip
+    for field, value in vars(config).items():
+        least = 0 if field in ("lr_warm_up_steps", "lr_decay_steps", "n_checkpoints", "seed", "eval_frequency") else 1
+        if field in _COUNTS and isinstance(value, int) and value < least:
+            raise ConfigError(f"{field}={value!r} must be at least {least}.")
+    if getattr(config, n_samples) < getattr(config, batch_size):
+        raise ConfigError(
+            f"{n_samples}={getattr(config, n_samples)} is less than one step of {batch_size}="
+            f"{getattr(config, batch_size)}: nothing would be trained; raise the one or lower the other."
+        )
+    for field in ("lr", "lr_end"):
+        value = getattr(config, field, None)
+        if value is not None and not (math.isfinite(value) and value >= 0 and (value > 0 or field == "lr_end")):
+            raise ConfigError(f"{field}={value!r} must be a positive number, such as 3e-4.")
+
+
+_COUNTS = frozenset((
+    "training_tokens", "training_samples", "train_batch_size_tokens", "batch_size", "context_size",
+    "n_batches_in_buffer", "store_batch_size_prompts", "n_batches_for_norm_estimate", "lr_warm_up_steps",
+    "lr_decay_steps", "n_checkpoints", "dead_feature_window", "feature_sampling_window", "eval_batch_size_prompts",
+    "eval_samples", "seed",
+))  # fmt: skip
+"""Fields of SAELens's runner configs that count something."""
 
 
 def _check_language_model_run(config: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig") -> None:

@@ -1,49 +1,173 @@
-"""Writing a run's output so that it is complete or absent, and nothing existing is overwritten unasked."""
+"""Writing a run's output so that it is complete or absent, and nothing is lost that was there before.
 
+A run holds a lock on its output while it lasts, writes beside it, and takes the output's name at the end. What stood
+there is moved aside first, and only removed once the new folder is in place.
+"""
+
+import json
+import logging
+import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
+
+from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.training.manifest import MANIFEST_FILENAME
+
+logger = logging.getLogger(__name__)
+
+MARKER_FILENAME = "sae_lens_matryoshka.json"
+"""Says that a folder is a run's output, and which files the run has written there."""
+
 
 @contextmanager
 def staged_folder(output: Path, force: bool = False) -> Iterator[Path]:
     """A temporary folder beside ``output`` that takes its name when the block ends without an error.
 
-    After an error the temporary folder is removed and ``output`` is as it was.
+    After an error ``output`` is as it was. The temporary folder is removed, unless an SAE has been saved in it: then it
+    stays, and is named.
 
     Args:
         output: The folder to write.
-        force: Whether a non-empty ``output`` may be replaced.
+        force: Whether an earlier run's output may be replaced.
 
     Raises:
-        FileExistsError: If ``output`` holds anything and ``force`` is not set.
+        FileExistsError: If ``output`` may not be written; see :func:`check_output`.
+        UserError: If another run is writing there.
         OSError: If the folder cannot be made.
     """
     check_output(output, force)
+    output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    lock = FileLock(output.parent / f".{output.name}.lock")
     try:
-        yield staging
-        if output.exists():
-            shutil.rmtree(output)
-        staging.rename(output)
-        output.chmod(0o755)  # mkdtemp makes it private
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"Another run is writing to {output}; choose another folder, or wait for it to end.") from None
+    try:
+        _sweep(output)
+        staging = Path(tempfile.mkdtemp(prefix=_staging_prefix(output), dir=output.parent))
+        try:
+            yield staging
+            record_files(staging)
+            check_output(output, force)
+            _put_in_place(staging, output)
+        finally:
+            _remove_unless_trained(staging)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        lock.release()  # the file stays: removed, two later runs could both hold a lock of that name
 
 
 def check_output(output: Path, force: bool) -> None:
     """Refuse an output folder that must not be written.
 
+    Args:
+        output: The folder to write.
+        force: Whether an earlier run's output may be replaced.
+
     Raises:
-        FileExistsError: If ``output`` holds anything and ``force`` is not set, or is a file.
+        FileExistsError: If ``output`` is a file, a folder that other things live in, or not empty; with ``force`` if it
+            holds anything that no run has written there, or other runs.
     """
-    if output.is_dir():
-        if any(output.iterdir()) and not force:
-            raise FileExistsError(
-                f"The output folder {output} is not empty; choose another with --output or replace it with --force."
-            )
-    elif output.exists():
+    folder = output.resolve()
+    working, home = Path.cwd().resolve(), Path.home().resolve()
+    if folder in (working, home, *working.parents, *home.parents) or os.path.ismount(folder):
+        raise FileExistsError(
+            f"The output {output} is the working directory, a home, a mount point or a folder above one, which a run "
+            f"cannot replace; name a new folder in it with --output."
+        )
+    if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"The output {output} is a file; choose a folder with --output.")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not force:
+        raise FileExistsError(
+            f"The output folder {output} is not empty; choose another with --output or replace it with --force."
+        )
+    files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    marks = (MARKER_FILENAME, MANIFEST_FILENAME)
+    runs = [path.parent for path in files if path.name in marks and path.parent != folder]
+    if runs:
+        raise FileExistsError(
+            f"The output folder {output} holds other runs or their checkpoints ({_listed(runs, folder)}), which "
+            f"--force would remove; choose another folder."
+        )
+    recorded = _recorded_files(folder)
+    if recorded is None:
+        raise FileExistsError(
+            f"The output folder {output} is not one that this version has written (no {MARKER_FILENAME}), and --force "
+            f"replaces no other; choose another, or remove it yourself."
+        )
+    foreign = [path for path in files if str(path.relative_to(folder)) not in recorded]
+    if foreign:
+        raise FileExistsError(
+            f"The output folder {output} holds what no run has written ({_listed(foreign, folder)}); move it away, or "
+            f"choose another folder."
+        )
+
+
+def record_files(output: Path) -> None:
+    """Note in a run's output that all files in it are the run's.
+
+    Args:
+        output: The folder.
+    """
+    files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()} | {MARKER_FILENAME}
+    contents = {"note": "written by sae-lens-matryoshka train; --force replaces these files", "files": sorted(files)}
+    (output / MARKER_FILENAME).write_text(json.dumps(contents, indent=1), encoding="utf-8")
+
+
+def _recorded_files(output: Path) -> set[str] | None:
+    try:
+        return set(json.loads((output / MARKER_FILENAME).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _put_in_place(staging: Path, output: Path) -> None:
+    staging.chmod(0o755)  # mkdtemp makes it private
+    if not output.exists():
+        staging.rename(output)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=_staging_prefix(output), dir=output.parent)) / output.name
+    output.rename(aside)
+    try:
+        staging.rename(output)
+    except BaseException:
+        aside.rename(output)
+        raise
+    finally:
+        if output.exists():
+            shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def _staging_prefix(output: Path) -> str:
+    return f".{output.name}.unfinished-"
+
+
+def _sweep(output: Path) -> None:
+    """Remove what killed runs have left beside an output; the lock on it is held."""
+    for left in output.parent.iterdir():
+        ours = left.name.startswith(_staging_prefix(output)) and re.fullmatch(r".*-[a-z0-9_]{8}", left.name)
+        if ours and left.is_dir() and not left.is_symlink():
+            _remove_unless_trained(left)
+
+
+def _remove_unless_trained(staging: Path) -> None:
+    if not staging.exists():
+        return
+    if any(staging.rglob(SAE_WEIGHTS_FILENAME)):
+        logger.warning(f"What a run has trained is kept in {staging}, since it could not be put in its place.")
+    else:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _listed(paths: list[Path], folder: Path, at_most: int = 3) -> str:
+    names = list(dict.fromkeys(str(path.relative_to(folder)) for path in paths))
+    return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")

@@ -1,18 +1,21 @@
 """Training from a run file: SAELens's own runners, then a calibrated threshold and a table of the levels.
 
-The data's way: run file -> SAELens's runner config -> SAELens's runner (model, activation store, trainer) ->
-calibration on fresh activations -> saved folder -> :class:`MatryoshkaSAE` read back from it -> figures a level.
+The data's way: run file -> SAELens's runner config -> SAELens's runner (model, activation store, trainer) -> saved SAEs
+in their place -> thresholds calibrated on fresh activations -> figures a level. What fails after saving costs no SAE.
 """
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens import (
+    BatchTopKTrainingSAE,
     LanguageModelSAERunnerConfig,
     LanguageModelSAETrainingRunner,
     MultiSAETrainingRunner,
@@ -24,21 +27,23 @@ from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.synthetic import RUNNER_CONFIG_FILENAME
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from safetensors import SafetensorError
+from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_matryoshka.calibration import ThresholdCalibration
 from sae_lens_matryoshka.checkpoints import find_checkpoint, is_finished, sae_folders
 from sae_lens_matryoshka.config_files import build_runner_configs
 from sae_lens_matryoshka.errors import ConfigError, UserError
-from sae_lens_matryoshka.output_folders import check_output, staged_folder
-from sae_lens_matryoshka.synthetic_runs import train_on_synthetic_model
+from sae_lens_matryoshka.output_folders import check_output, record_files, staged_folder
+from sae_lens_matryoshka.synthetic_runs import train_on_synthetic_model, write_scores
 from sae_lens_matryoshka.trained_saes import (
     DEFAULT_SAMPLES,
     Samples,
+    SavedSAE,
     TrainedSAE,
-    calibrate,
+    complete,
+    is_complete,
     keep_configs_of_run,
-    measure_saved,
+    mark_uncalibrated,
     put_sparsity_in_order,
     read_finished,
 )
@@ -48,10 +53,12 @@ from sae_lens_matryoshka.training.fused_adam import fuse_adam
 from sae_lens_matryoshka.training.option_checks import check_samples, check_synthetic_options
 from sae_lens_matryoshka.training.resumable_store import take_over_store
 from sae_lens_matryoshka.training.run_folder import checkpoint_folder
-from sae_lens_matryoshka.training.start_checks import check_d_in, loading_errors
+from sae_lens_matryoshka.training.start_checks import check_context_size, check_d_in, loading_errors
 from sae_lens_matryoshka.training.token_ids import check_token_ids
 from sae_lens_matryoshka.training.training_on import StartingPoint, load_starting_point
 from sae_lens_matryoshka.training.wandb_run import wandb_run
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,11 +82,13 @@ def train(
     calibration_samples: int | None = None,
     measure_samples: int | None = None,
     checkpointing: CheckpointOptions = CheckpointOptions(),  # noqa: B008 it is frozen
+    trust_remote_code: bool = False,
 ) -> TrainResult:
     """Train what a run file asks for with SAELens's own runners.
 
-    The output folder appears when everything is done. It holds a saved SAE (a folder of SAEs where the run file names
-    several), ``levels.csv`` with the figures of every level, and for synthetic models the scores and their plot.
+    The output folder appears when everything is trained. It holds a saved SAE (a folder of SAEs where the run file
+    names several), and gets ``levels.csv`` with the figures of every level, and for synthetic models the scores and
+    their plot. Where these cannot be made, a warning says how to make up for it.
 
     Args:
         run: A run file's contents, see :func:`config_files.read_run_file`.
@@ -92,6 +101,7 @@ def train(
             None takes 100,000.
         measure_samples: Fresh activations to measure the levels on; None takes 100,000.
         checkpointing: What checkpoints hold and how many are kept.
+        trust_remote_code: Whether the run file may ask for code that comes with a model or data set to be run.
 
     Raises:
         ConfigError: If the run file cannot be used, or names a model or data set that cannot be loaded.
@@ -99,33 +109,42 @@ def train(
             there are numbers that are not finite. The last checkpoint is as it was.
         FileExistsError: If the output folder is not empty and ``force`` is not set.
     """
-    configs = build_runner_configs(run)
+    configs = build_runner_configs(run, trust_remote_code)
     resume = run.get("resume_from_checkpoint") if resume is None else resume
     check_samples(configs, calibration_samples, measure_samples)
     samples = Samples(*(DEFAULT_SAMPLES if n is None else n for n in (calibration_samples, measure_samples)))
     output_path = _output_path(run, output)
-    start = None
     if isinstance(configs, dict):
         check_synthetic_options(run, resume, checkpointing)
-        check_output(output_path, force)
+        with staged_folder(output_path, force) as staging:
+            saved = train_on_synthetic_model(configs, staging)
+            _record_output_path(staging, output_path)
     elif resume == "auto" and not force and is_finished(output_path, configs, samples.calibration):
-        saes = [read_finished(name, folder) for name, folder in sae_folders(output_path, configs).items()]
-        return TrainResult(output_path, saes, was_finished=True)
+        folders = sae_folders(output_path, configs)
+        if all(is_complete(folder) for folder in folders.values()):
+            saes = [read_finished(name, folder) for name, folder in folders.items()]
+            return TrainResult(output_path, saes, was_finished=True)
+        logger.info(f"The SAEs in {output_path} are trained, and are now calibrated and measured.")
+        saved = _runner(configs, checkpointing).saved()
     else:
         check_output(output_path, force)
         configs.resume_from_checkpoint = None if resume is None else find_checkpoint(configs, resume)
         start = _starting_point(configs)
-    with staged_folder(output_path, force) as staging:
-        if isinstance(configs, dict):
-            saes = train_on_synthetic_model(configs, staging, samples)
-        else:
-            with checkpoint_folder(configs), _saving_errors(output_path):
-                if isinstance(configs, MultiSAETrainingRunnerConfig):
-                    saes = _train_several(configs, staging, samples, checkpointing)
-                else:
-                    saes = [_train_one(configs, staging, samples, checkpointing, start)]
-        _record_output_path(staging, output_path)
-    return TrainResult(output_path, [replace(sae, path=output_path / sae.path.relative_to(staging)) for sae in saes])
+        with (
+            staged_folder(output_path, force) as staging,
+            checkpoint_folder(configs),
+            _saving_errors(output_path),
+        ):
+            configs.output_path = str(staging)
+            runner = _runner(configs, checkpointing, start)
+            runner.run()
+            saved = runner.saved()
+            _record_output_path(staging, output_path)
+    # what has been trained is safe by now
+    saes = [complete(sae, output_path, samples) for sae in saved]
+    write_scores(saes, output_path)
+    record_files(output_path)
+    return TrainResult(output_path, saes)
 
 
 def _output_path(run: Mapping[str, Any], output: str | Path | None) -> Path:
@@ -143,15 +162,12 @@ def _starting_point(cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRu
     return load_starting_point(cfg.from_pretrained_path, cfg.sae)
 
 
-class CalibratingLanguageModelRunner(LanguageModelSAETrainingRunner):
-    """SAELens's runner with a fused optimizer, checkpoints to resume from, and calibration after training."""
-
-    calibration: ThresholdCalibration | None = None
+class LanguageModelRunner(LanguageModelSAETrainingRunner):
+    """SAELens's runner with a fused optimizer, data sets and checkpoints of ours, and a wandb that never stops it."""
 
     def __init__(
         self,
         cfg: LanguageModelSAERunnerConfig[Any],
-        calibration_samples: int,
         checkpointing: CheckpointOptions,
         start: StartingPoint | None = None,
     ) -> None:
@@ -159,15 +175,24 @@ class CalibratingLanguageModelRunner(LanguageModelSAETrainingRunner):
         if sae is None and cfg.from_pretrained_path is not None:  # its weights come from the checkpoint
             sae = TrainingSAE.from_dict(cfg.get_training_sae_cfg_dict())
         super().__init__(cfg, override_dataset=open_data_set(cfg), override_sae=sae)
+        mark_uncalibrated(self.sae)
         self.start = start
-        self.calibration_samples = calibration_samples
         self.checkpointing = checkpointing
         take_over_store(self, checkpointing.exact, checkpointing.max_buffer_bytes)
+        check_token_ids(cfg, self.model)
+        check_d_in(self.activations_store, {cfg.hook_name: cfg.sae.d_in})
 
     @override
     def run(self) -> Any:
         with wandb_run(self.cfg):
-            return super().run()
+            sae = super().run()
+        put_sparsity_in_order(Path(self.cfg.output_path or ""), sae)
+        return sae
+
+    def saved(self) -> list[SavedSAE]:
+        """What a run saves, with fresh activations from where it has left off."""
+        calibrates = isinstance(self.sae, BatchTopKTrainingSAE)
+        return [SavedSAE("sae", "", lambda: self.activations_store, self.cfg.device, calibrates)]
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> TrainingSAE[Any]:
@@ -175,76 +200,63 @@ class CalibratingLanguageModelRunner(LanguageModelSAETrainingRunner):
         with Checkpointer(trainer, self.checkpointing, self.cfg.resume_from_checkpoint).watching():
             if self.start is not None:
                 self.start.prepare(trainer)
-            sae = trainer.fit()
-        self.calibration = calibrate(sae, trainer.data_provider, self.calibration_samples)
-        return sae
+            return trainer.fit()
 
 
-class CalibratingMultiSAERunner(MultiSAETrainingRunner):
+class MultiSAERunner(MultiSAETrainingRunner):
     """SAELens's runner for several SAEs, with the same additions as for one."""
 
-    def __init__(
-        self, cfg: MultiSAETrainingRunnerConfig, calibration_samples: int, checkpointing: CheckpointOptions
-    ) -> None:
+    def __init__(self, cfg: MultiSAETrainingRunnerConfig, checkpointing: CheckpointOptions) -> None:
         super().__init__(cfg, override_dataset=open_data_set(cfg))
         keep_configs_of_run(self.saes.values())
-        self.calibration_samples = calibration_samples
+        for sae in self.saes.values():
+            mark_uncalibrated(sae)
         self.checkpointing = checkpointing
-        self.calibrations: dict[str, ThresholdCalibration | None] = {}
         take_over_store(self, checkpointing.exact, checkpointing.max_buffer_bytes)
+        check_token_ids(cfg, self.model)
+        hooks = cfg.hook_names_per_sae
+        check_d_in(self.activations_store, {hook: cfg.saes[name].d_in for name, hook in hooks.items()})
 
     @override
     def run(self) -> dict[str, TrainingSAE[Any]]:
         with wandb_run(self.cfg):
-            return super().run()
+            saes = super().run()
+        for name, sae in saes.items():
+            put_sparsity_in_order(Path(self.cfg.output_path or "") / name, sae)
+        return saes
+
+    def saved(self) -> list[SavedSAE]:
+        """What a run saves, with fresh activations from where it has left off."""
+
+        def activations(hook_name: str) -> Iterator[Tensor]:
+            return (batch[hook_name] for batch in self.activations_store.get_multi_hook_data_loader())
+
+        return [
+            SavedSAE(name, name, partial(activations, hook_name), self.cfg.device,
+                     isinstance(self.saes[name], BatchTopKTrainingSAE))
+            for name, hook_name in self.cfg.hook_names_per_sae.items()
+        ]  # fmt: skip
 
     @override
     def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> dict[str, TrainingSAE[Any]]:
         for sae_trainer in trainer.trainers.values():
             fuse_adam(sae_trainer)
         with Checkpointer(trainer, self.checkpointing, self.cfg.resume_from_checkpoint).watching():
-            saes = trainer.fit()
-        for name, sae in saes.items():
-            activations = (batch[trainer.hook_names[name]] for batch in trainer.data_provider)
-            self.calibrations[name] = calibrate(sae, activations, self.calibration_samples)
-        return saes
+            return trainer.fit()
 
 
-def _train_one(
-    cfg: LanguageModelSAERunnerConfig[Any],
-    staging: Path,
-    samples: Samples,
+def _runner(
+    cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig",
     checkpointing: CheckpointOptions,
-    start: StartingPoint | None,
-) -> TrainedSAE:
-    cfg.output_path = str(staging)
+    start: StartingPoint | None = None,
+) -> LanguageModelRunner | MultiSAERunner:
+    """The runner of a config, its model and data set loaded."""
+    check_context_size(cfg)
     torch.manual_seed(cfg.seed)
     with loading_errors(cfg):
-        runner = CalibratingLanguageModelRunner(cfg, samples.calibration, checkpointing, start)
-    check_token_ids(cfg, runner.model)
-    check_d_in(runner.activations_store, {cfg.hook_name: cfg.sae.d_in})
-    put_sparsity_in_order(staging, runner.run())
-    levels = measure_saved(staging, runner.activations_store, samples.measuring, cfg.device)
-    return TrainedSAE("sae", staging, runner.calibration, levels)
-
-
-def _train_several(
-    cfg: MultiSAETrainingRunnerConfig, staging: Path, samples: Samples, checkpointing: CheckpointOptions
-) -> list[TrainedSAE]:
-    cfg.output_path = str(staging)
-    torch.manual_seed(cfg.seed)
-    with loading_errors(cfg):
-        runner = CalibratingMultiSAERunner(cfg, samples.calibration, checkpointing)
-    check_token_ids(cfg, runner.model)
-    check_d_in(runner.activations_store, {hook: cfg.saes[name].d_in for name, hook in cfg.hook_names_per_sae.items()})
-    saes = runner.run()
-    trained: list[TrainedSAE] = []
-    for name, hook_name in cfg.hook_names_per_sae.items():
-        put_sparsity_in_order(staging / name, saes[name])
-        activations = (batch[hook_name] for batch in runner.activations_store.get_multi_hook_data_loader())
-        levels = measure_saved(staging / name, activations, samples.measuring, cfg.device)
-        trained.append(TrainedSAE(name, staging / name, runner.calibrations[name], levels))
-    return trained
+        if isinstance(cfg, MultiSAETrainingRunnerConfig):
+            return MultiSAERunner(cfg, checkpointing)
+        return LanguageModelRunner(cfg, checkpointing, start)
 
 
 def _record_output_path(staging: Path, output: Path) -> None:

@@ -1,24 +1,24 @@
 """Training on a SAELens synthetic model: one SAE after the other on the same samples, scored against its features."""
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import SAE, logger
+from sae_lens import BatchTopKTrainingSAE, logger
 from sae_lens.synthetic import SyntheticModel, SyntheticSAERunner, SyntheticSAERunnerConfig
 from torch import Tensor
 
 from sae_lens_matryoshka.config_files import check_synthetic_d_in
 from sae_lens_matryoshka.synthetic_benchmark import plot_scores, score_on_synthetic_model
 from sae_lens_matryoshka.trained_saes import (
-    Samples,
+    SavedSAE,
     TrainedSAE,
-    calibrate,
     keep_configs_of_run,
-    measure_saved,
+    mark_uncalibrated,
     put_sparsity_in_order,
     write_csv,
 )
@@ -28,15 +28,12 @@ SCORES_FILENAME = "scores.csv"
 SCORES_FIGURE_FILENAME = "scores.png"
 
 
-def train_on_synthetic_model(
-    configs: dict[str, SyntheticSAERunnerConfig[Any]], staging: Path, samples: Samples
-) -> list[TrainedSAE]:
-    """Train, calibrate, save, measure and score.
+def train_on_synthetic_model(configs: dict[str, SyntheticSAERunnerConfig[Any]], staging: Path) -> list[SavedSAE]:
+    """Train and save.
 
     Args:
         configs: The config of SAELens's runner for every SAE, by name; all on the same synthetic model.
         staging: The folder to write: for one SAE itself, for several a folder each in it.
-        samples: How many samples to calibrate and to measure on.
 
     Raises:
         ConfigError: If an SAE is not as wide as the model's activations.
@@ -45,12 +42,11 @@ def train_on_synthetic_model(
     synthetic_model = SyntheticModel.load_from_source(first.synthetic_model, device=first.device)
     for name, cfg in configs.items():  # again for a model that was saved
         check_synthetic_d_in(f"saes.{name}", cfg.sae.d_in, synthetic_model.cfg.hidden_dim)
-    trained: list[TrainedSAE] = []
+    saved: list[SavedSAE] = []
     run_id = uuid.uuid4().hex[:8]  # as SAELens's other runners do; its synthetic one overwrites checkpoints
     for name, cfg in configs.items():
         folder = name if len(configs) > 1 else ""
-        path = staging / folder
-        cfg.output_path = str(path)
+        cfg.output_path = str(staging / folder)
         if cfg.checkpoint_path is not None:
             cfg.checkpoint_path = str(Path(cfg.checkpoint_path) / run_id / folder)
         # every SAE starts from the same seed and sees the same samples
@@ -58,20 +54,27 @@ def train_on_synthetic_model(
         logger.info(f"Training {name} on the synthetic model")
         runner = SyntheticSAERunner(cfg, override_synthetic_model=synthetic_model)
         keep_configs_of_run([runner.sae])
+        mark_uncalibrated(runner.sae)
         with wandb_run(cfg):
             sae = runner.run().sae
-        calibration = calibrate(sae, _samples(synthetic_model, cfg.batch_size), samples.calibration)
-        sae.save_inference_model(path)  # again, now with the calibrated threshold
-        put_sparsity_in_order(path, sae)
-        levels = measure_saved(path, _samples(synthetic_model, cfg.batch_size), samples.measuring, cfg.device)
-        scores = score_on_synthetic_model(
-            SAE.load_from_disk(path, device=cfg.device), synthetic_model, cfg.eval_samples
-        )
-        trained.append(TrainedSAE(name, path, calibration, levels, scores))
-    scores_by_name = {sae.name: sae.scores for sae in trained if sae.scores is not None}
-    write_csv(staging / SCORES_FILENAME, [{"sae": name, **asdict(s)} for name, s in scores_by_name.items()])
-    plot_scores(scores_by_name, staging / SCORES_FIGURE_FILENAME)
-    return trained
+        put_sparsity_in_order(staging / folder, sae)
+        activations = partial(_samples, synthetic_model, cfg.batch_size)
+        score = partial(score_on_synthetic_model, synthetic_model=synthetic_model, n_samples=cfg.eval_samples)
+        saved.append(SavedSAE(name, folder, activations, cfg.device, isinstance(sae, BatchTopKTrainingSAE), score))
+    return saved
+
+
+def write_scores(saes: Iterable[TrainedSAE], output: Path) -> None:
+    """Write how well the features were found as a table and a plot.
+
+    Args:
+        saes: The SAEs of a run on a synthetic model; those without scores are left out.
+        output: The run's output.
+    """
+    scores_by_name = {sae.name: sae.scores for sae in saes if sae.scores is not None}
+    if scores_by_name:
+        write_csv(output / SCORES_FILENAME, [{"sae": name, **asdict(s)} for name, s in scores_by_name.items()])
+        plot_scores(scores_by_name, output / SCORES_FIGURE_FILENAME)
 
 
 def _samples(synthetic_model: SyntheticModel, batch_size: int) -> Iterator[Tensor]:

@@ -1,8 +1,10 @@
-"""What a run does with every SAE it has trained, whatever it was trained on: calibrate, save in order, measure."""
+"""What a run does with every SAE it has trained and saved, whatever it was trained on: calibrate it, measure it."""
 
 import copy
 import csv
-from collections.abc import Iterable
+import logging
+import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -15,12 +17,18 @@ from torch import Tensor
 from sae_lens_matryoshka.calibration import ThresholdCalibration, calibrate_threshold
 from sae_lens_matryoshka.level_metrics import LevelMetrics, measure_levels
 from sae_lens_matryoshka.levels import recorded_widths
+from sae_lens_matryoshka.loading.checks import read_config
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
 from sae_lens_matryoshka.saes.matryoshka_sae_kinds import KINDS
 from sae_lens_matryoshka.saes.nested_training_sae import NestedTrainingSAE
 from sae_lens_matryoshka.synthetic_benchmark import SyntheticScores
 
+logger = logging.getLogger(__name__)
+
 LEVELS_FILENAME = "levels.csv"
+
+CALIBRATION_SAMPLES = "calibration_samples"
+"""Where the metadata of a saved BatchTopK SAE say on how many samples its threshold was calibrated; None: not yet."""
 
 DEFAULT_SAMPLES = 100_000
 """How many fresh activations to calibrate and to measure on, unless the user says otherwise."""
@@ -53,18 +61,75 @@ class TrainedSAE:
     """How well the features of the synthetic model were found; None for language models."""
 
 
-def calibrate(
-    sae: TrainingSAE[Any], activations: Iterable[Tensor], calibration_samples: int
-) -> ThresholdCalibration | None:
-    """Calibrate the running threshold of BatchTopK, and record on how many samples, 0 for none.
+@dataclass(frozen=True)
+class SavedSAE:
+    """An SAE that has been trained and saved, and is yet to be calibrated and measured."""
 
-    Returns:
-        What that changed; None if there is nothing to calibrate, or not asked for.
+    name: str
+    """Its name in the run file; ``sae`` where there is only one."""
+
+    folder: str
+    """Its folder in the output; empty for the output itself."""
+
+    activations: Callable[[], Iterable[Tensor]]
+    """Gives fresh activations as the saved SAE takes them, batches of shape (batch, d_in)."""
+
+    device: str
+    """Where to compute."""
+
+    calibrates: bool
+    """Whether its threshold stands for BatchTopK's selection, and wants calibrating."""
+
+    score: Callable[[SAE[Any]], SyntheticScores] | None = None
+    """Scores the SAE against known features; None where there are none."""
+
+
+def complete(saved: SavedSAE, output: Path, samples: Samples) -> TrainedSAE:
+    """Calibrate a saved SAE and measure its levels, which are additions: where they fail, the SAE stands.
+
+    Args:
+        saved: The SAE.
+        output: The run's output.
+        samples: How many activations to use.
     """
-    if not isinstance(sae, BatchTopKTrainingSAE):
-        return None
-    sae.cfg.metadata.calibration_samples = calibration_samples
-    return calibrate_threshold(sae, activations, calibration_samples) if calibration_samples > 0 else None
+    path = output / saved.folder
+    try:
+        calibration = _calibrate_saved(path, saved, samples.calibration) if saved.calibrates else None
+        levels = _measure_saved(path, saved, samples.measuring)
+        scores = None if saved.score is None else saved.score(SAE.load_from_disk(path, device=saved.device))
+        return TrainedSAE(saved.name, path, calibration, levels, scores)
+    except KeyboardInterrupt:
+        logger.warning(_incomplete(path, "interrupted"))
+        raise
+    except Exception as error:
+        logger.warning(_incomplete(path, " ".join(str(error).split()) or type(error).__name__))
+        return TrainedSAE(saved.name, path, None, [])
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a saved SAE has been calibrated and measured, as far as its architecture asks for it."""
+    cfg = read_config(path)
+    if cfg["architecture"] not in KINDS:
+        return True
+    return (path / LEVELS_FILENAME).is_file() and (cfg.get("metadata") or {}).get(CALIBRATION_SAMPLES, 0) is not None
+
+
+def _incomplete(path: Path, why: str) -> str:
+    return (
+        f"The SAE is saved in {path}, but has not been calibrated and measured ({why}); the same command with "
+        f"--resume auto makes up for it."
+    )
+
+
+def _calibrate_saved(path: Path, saved: SavedSAE, n_samples: int) -> ThresholdCalibration | None:
+    """Move the thresholds of a saved SAE, and record on how many samples, 0 for none."""
+    sae: Any = SAE.load_from_disk(path, device=saved.device)
+    calibration = calibrate_threshold(sae, saved.activations(), n_samples) if n_samples > 0 else None
+    setattr(sae.cfg.metadata, CALIBRATION_SAMPLES, n_samples)
+    with tempfile.TemporaryDirectory(dir=path, prefix=".calibrating-") as folder:
+        for file in sae.save_model(folder):
+            Path(file).replace(path / Path(file).name)
+    return calibration
 
 
 def keep_configs_of_run(saes: Iterable[TrainingSAE[Any]]) -> None:
@@ -73,13 +138,13 @@ def keep_configs_of_run(saes: Iterable[TrainingSAE[Any]]) -> None:
         sae.cfg = copy.deepcopy(sae.cfg)
 
 
-def measure_saved(path: Path, activations: Iterable[Tensor], n_samples: int, device: str) -> list[LevelMetrics]:
+def _measure_saved(path: Path, saved: SavedSAE, n_samples: int) -> list[LevelMetrics]:
     """Measure what was saved, read back as a user would, and write the figures beside it."""
-    sae = SAE.load_from_disk(path, device=device)
+    sae = SAE.load_from_disk(path, device=saved.device)
     if sae.cfg.architecture() not in KINDS:
         return []
     widths = recorded_widths(sae.cfg.to_dict()) or [sae.cfg.d_sae]
-    levels = measure_levels(MatryoshkaSAE.from_sae(sae, widths), activations, n_samples)
+    levels = measure_levels(MatryoshkaSAE.from_sae(sae, widths), saved.activations(), n_samples)
     write_csv(path / LEVELS_FILENAME, [asdict(level) for level in levels])
     return levels
 
@@ -93,6 +158,12 @@ def read_finished(name: str, folder: Path) -> TrainedSAE:
             rows = list(csv.DictReader(file))
         levels = [LevelMetrics(**{key: types[key](value) for key, value in row.items()}) for row in rows]
     return TrainedSAE(name, folder, None, levels)
+
+
+def mark_uncalibrated(sae: TrainingSAE[Any]) -> None:
+    """Have the saved SAE say that its threshold has not been calibrated, if it has one that wants it."""
+    if isinstance(sae, BatchTopKTrainingSAE):
+        setattr(sae.cfg.metadata, CALIBRATION_SAMPLES, None)
 
 
 def put_sparsity_in_order(path: Path, sae: TrainingSAE[Any]) -> None:

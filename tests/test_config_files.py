@@ -146,7 +146,24 @@ def test_unusable_files(tmp_path: Path):
             {"sae": {"architecture": "jumprelu", "d_in": 8, "d_sae": 64, "target_l0": 5}},
             "sae.target_l0=5 is only used with sae.jumprelu_sparsity_loss_mode=quadratic",
         ),
-        ({"device": "cuda:7"}, "no CUDA device; set device=cpu"),
+        ({"device": "cuda:7"}, r"device='cuda:7' cannot be used on this machine \(.*\); use cpu or auto"),
+        ({"llm_device": "gpu"}, "llm_device='gpu' cannot be used on this machine"),
+        ({"training_tokens": 0}, "training_tokens=0 must be at least 1"),
+        ({"training_tokens": -5}, "training_tokens=-5 must be at least 1"),
+        ({"training_tokens": 100}, "training_tokens=100 is less than one step of train_batch_size_tokens=4096"),
+        ({"lr": -1}, "lr=-1 must be a positive number"),
+        ({"lr": float("nan")}, "lr=nan must be a positive number"),
+        ({"store_batch_size_prompts": 0}, "store_batch_size_prompts=0 must be at least 1"),
+        ({"dead_feature_window": 0}, "dead_feature_window=0 must be at least 1"),
+        ({"lr_warm_up_steps": -1}, "lr_warm_up_steps=-1 must be at least 0"),
+        (
+            {"dataset_trust_remote_code": True},
+            "dataset_trust_remote_code=True runs code .* say so yourself with --trust-remote-code",
+        ),
+        (
+            {"model_from_pretrained_kwargs": {"trust_remote_code": True}},
+            "model_from_pretrained_kwargs.trust_remote_code=True runs code",
+        ),
         ({"model_name": "./nowhere"}, "model_name='./nowhere' looks like a local path, but nothing is there"),
         ({"dataset_path": "/nowhere"}, "dataset_path='/nowhere' looks like a local path"),
         ({"dataset_path": ""}, "dataset_path is missing"),
@@ -167,6 +184,12 @@ def test_mistakes_in_a_language_model_run(changed: dict[str, Any], message: str)
             pytest.skip("this machine has a CUDA device")
     with pytest.raises(ConfigError, match=message):
         build_runner_configs({**RUN, **changed})
+
+
+def test_code_of_others_runs_where_the_user_says_so():
+    config = build_runner_configs({**RUN, "dataset_trust_remote_code": True}, trust_remote_code=True)
+    assert config.dataset_trust_remote_code is True  # type: ignore[union-attr]
+    build_runner_configs({**RUN, "dataset_trust_remote_code": False})
 
 
 def test_fields_that_are_used_with_another_one_are_taken_then():

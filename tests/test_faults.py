@@ -24,7 +24,8 @@ from sae_lens_matryoshka.checkpoints import find_checkpoint
 from sae_lens_matryoshka.config_files import build_runner_configs
 from sae_lens_matryoshka.errors import ConfigError, UserError
 from sae_lens_matryoshka.runner import train
-from sae_lens_matryoshka.training.checkpointer import CheckpointOptions
+from sae_lens_matryoshka.training.checkpointer import Checkpointer, CheckpointOptions
+from sae_lens_matryoshka.training.manifest import write_manifest
 from tests.tiny_runs import assert_same_saes, tiny_multi_run, tiny_run
 
 SAMPLES: Any = {"calibration_samples": 500, "measure_samples": 500}
@@ -80,7 +81,7 @@ def test_a_full_disk(tinystories: Path, tmp_path: Path, at_step: Any, monkeypatc
     assert "could not be written" in message
     assert f"the last checkpoint is {kept[-1]}, continue from it with --resume auto" in message
     assert "\n" not in message
-    assert sorted(path.name for path in kept[0].parent.iterdir()) == ["1152", "640"]
+    assert sorted(path.name for path in kept[0].parent.iterdir()) == [".lock", "1152", "640"]
     assert not (tmp_path / "out").exists()
 
     monkeypatch.undo()
@@ -286,7 +287,7 @@ def test_what_killed_runs_have_left_is_removed_and_what_live_ones_write_is_not(
         train(run, output=tmp_path / "out", resume="auto", **SAMPLES)
         assert (alive / ".128.partial").is_dir()
     assert not dead.exists()
-    assert sorted(path.name for path in own.iterdir()) == sorted(path.name for path in _checkpoints(folder))
+    assert {path.name for path in own.iterdir()} == {".lock", *(path.name for path in _checkpoints(folder))}
 
     with FileLock(own / ".lock"), pytest.raises(UserError, match=f"Another run is writing its checkpoints to {own}"):
         train(run, output=tmp_path / "other", resume="auto", **SAMPLES)
@@ -322,3 +323,25 @@ def test_wandb_out_of_reach_does_not_stop_a_run(tinystories: Path, tmp_path: Pat
     assert f"wandb sync {offline}" in done.stderr
     assert list(offline.glob("run-*.wandb"))
     assert (tmp_path / "out" / "cfg.json").is_file()
+
+
+def test_a_context_longer_than_the_models_is_refused_before_the_model_is_loaded(tinystories: Path, tmp_path: Path):
+    run = tiny_run(tinystories, None, context_size=513)
+    with pytest.raises(ConfigError, match=r"context_size=513 is above the 512 positions of .*; set context_size=512"):
+        train(run, output=tmp_path / "out", **SAMPLES)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_newest_checkpoints_are_kept_whatever_their_numbers(tmp_path: Path):
+    """Resumed from an older one, a run writes lower numbers than are there; damaged ones do not count."""
+    written = ["100", "200", "300", "150", "250"]  # in this order
+    for age, name in enumerate([*written, "400"]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sae_weights.safetensors").write_text("weights")
+        write_manifest(tmp_path / name)
+        os.utime(tmp_path / name, (age, age))
+    (tmp_path / "400" / "sae_weights.safetensors").write_text("cut")
+    checkpointer = object.__new__(Checkpointer)
+    checkpointer.folder, checkpointer.options = tmp_path, CheckpointOptions(keep=2)
+    checkpointer._remove_old()
+    assert {path.name for path in tmp_path.iterdir()} == {"150", "250", "400"}

@@ -107,7 +107,8 @@ def test_the_real_run_on_tinystories(tinystories: Path, tinystories_runs: dict[s
     # SAELens's own class saves a threshold that fires too many latents; at equal L0 both have as many dead ones
     assert measure_levels(theirs, activations, 100_000)[-1].l0 > 17
     calibrate_threshold(theirs, activations, 100_000, target_l0=levels[-1].l0)
-    assert levels[-1].dead <= measure_levels(theirs, activations, 100_000)[-1].dead + 10
+    # up to rounding in training, which moves the count by a per cent of all latents
+    assert levels[-1].dead <= measure_levels(theirs, activations, 100_000)[-1].dead + 0.02 * 2048
     assert levels[-1].dead < 0.25 * 2048
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,14 @@ from sae_lens_matryoshka.bench.upstream import (
     SparseProbingEvalConfig,
 )
 from sae_lens_matryoshka.data_files import READERS
+from sae_lens_matryoshka.devices import resolve_device
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.hub.loading import load_any
 from sae_lens_matryoshka.levels import parse_widths
+from sae_lens_matryoshka.run_file_saes import why_no_folder
 from sae_lens_matryoshka.training.data_set import open_text_file
+
+_EXCLUDES = "exclude_special_tokens_from_reconstruction"
 
 CONFIGS: dict[str, type[BaseEvalConfig]] = {
     "sparse_probing": SparseProbingEvalConfig,
@@ -61,18 +66,20 @@ def run_command(options: argparse.Namespace) -> None:
     Raises:
         UserError: If an argument cannot be used, or, when all else is done, if an evaluation could not be run.
     """
+    device = resolve_device(options.device, "--device")
     data = [_read_data(text) for text in options.data]
-    evaluations = build_evaluations(options.evals.split(","), options.set, data, options.text)
+    names = [name.strip() for name in options.evals.split(",")]
+    evaluations = build_evaluations(names, options.set, data, options.text)
     which = None if options.levels == "all" else _parse_levels(options.levels)
     places = [_name_and_place(text) for text in options.saes]
     widths = _widths_by_name(options.widths, [name for name, _ in places])
-    loaded = [(name, _load_sae(where, widths.get(name), options)) for name, where in places]
+    loaded = [(name, _load_sae(where, widths.get(name), device, options.dtype)) for name, where in places]
     saes = [evaluated for name, sae in loaded for evaluated in levels(name, sae, which)]
     model_name = options.model or loaded[0][1].cfg.metadata.model_name
     if model_name is None:
         raise UserError(f"{options.saes[0]} does not record its model; name it with --model.")
     cache = Cache(options.cache, round(options.cache_size * 10**9))
-    source = ActivationSource(load_model(model_name, options.device, options.dtype), cache)
+    source = ActivationSource(load_model(model_name, device, options.dtype), cache)
     report = evaluate(saes, source, options.output, evaluations, hook_name=options.hook, force=options.force)
 
     console = Console()
@@ -127,7 +134,7 @@ def build_evaluations(
         "tpp": lambda config: ConceptErasure(config, data),
         "scr": lambda config: ConceptErasure(config, data),
         "absorption": Absorption,
-        "core": Core,
+        "core": lambda config: Core(config, follow_training=_EXCLUDES not in changes["core"]),
         "meta_structure": MetaStructure,
     }
     return [build[name](config) for name, config in configs.items()]
@@ -190,9 +197,15 @@ def _read_data(text: str) -> LabelledText:
 def _name_and_place(text: str) -> tuple[str, str]:
     """``[NAME=]FOLDER`` or ``[NAME=]REPOSITORY:ID`` in two; folders may have ``=`` in their names too."""
     name, separator, where = text.partition("=")
-    if not separator or Path(text).exists():
+    if not separator or os.path.exists(text):
         name, where = "", text
-    return name or Path(where).name.replace(":", "_"), where
+    name = name or (Path(where).resolve() if os.path.exists(where) else Path(where)).name.replace(":", "_")
+    if reason := why_no_folder(name):
+        raise UserError(
+            f"The name {name!r} of {text} cannot be that of result files, since it {reason}; give it one of letters, "
+            f"digits, '-' and '_' as NAME={where}."
+        )
+    return name, where
 
 
 def _widths_by_name(texts: Sequence[str], names: Sequence[str]) -> dict[str, list[int]]:
@@ -210,11 +223,11 @@ def _widths_by_name(texts: Sequence[str], names: Sequence[str]) -> dict[str, lis
     return by_name
 
 
-def _load_sae(where: str, widths: Sequence[int] | None, options: argparse.Namespace) -> SAE[Any]:
+def _load_sae(where: str, widths: Sequence[int] | None, device: str, dtype: str) -> SAE[Any]:
     repository, colon, sae_id = where.partition(":")
-    source, sae_id = (repository, sae_id) if colon and not Path(where).exists() else (where, None)
+    source, sae_id = (repository, sae_id) if colon and not os.path.exists(where) else (where, None)
     try:
-        return load_any(source, sae_id, widths=widths, device=options.device, dtype=options.dtype)
+        return load_any(source, sae_id, widths=widths, device=device, dtype=dtype)
     except UserError:
         raise
     except (ValueError, TypeError) as error:

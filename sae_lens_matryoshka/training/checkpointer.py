@@ -22,7 +22,7 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from safetensors import SafetensorError
 
 from sae_lens_matryoshka.errors import ConfigError, UserError
-from sae_lens_matryoshka.training.manifest import flush_folder, write_manifest
+from sae_lens_matryoshka.training.manifest import flush_folder, has_all_files, write_manifest
 from sae_lens_matryoshka.training.run_folder import partial_name
 
 logger = logging.getLogger(__name__)
@@ -156,8 +156,9 @@ class Checkpointer:
         assert self.folder is not None
         if self.options.keep is None:
             return
-        checkpoints = [path for path in self.folder.iterdir() if path.name.isdecimal()]
-        for path in sorted(checkpoints, key=lambda path: int(path.name))[: -self.options.keep]:
+        # by age: resumed from an older checkpoint, a run writes lower numbers than are there; damaged ones are none
+        checkpoints = [path for path in self.folder.iterdir() if path.name.isdecimal() and has_all_files(path)]
+        for path in sorted(checkpoints, key=lambda path: path.stat().st_mtime_ns)[: -self.options.keep]:
             self._remove(path)
 
     def _remove(self, checkpoint: Path) -> None:

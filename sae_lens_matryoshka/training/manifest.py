@@ -44,6 +44,15 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
+def has_all_files(folder: Path) -> bool:
+    """Whether a checkpoint has its list of files, and all of them in their size; their contents are not read."""
+    try:
+        files = json.loads((folder / MANIFEST_FILENAME).read_text(encoding="utf-8"))["files"]
+        return all((folder / name).stat().st_size == expected["bytes"] for name, expected in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def flush_folder(folder: Path) -> None:
     """Make sure that a folder's entries are on disk, where the system can."""
     if os.name == "posix":

@@ -6,6 +6,7 @@ in a folder that nobody holds is a dead process's.
 """
 
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -57,7 +58,7 @@ def run_folder(path: Path) -> Iterator[None]:
     Raises:
         UserError: If another process is writing there, or the folder cannot be written.
     """
-    existed = [folder for folder in (path, path.parent) if folder.exists()]
+    existed = [path.parent] if path.parent.exists() else []
     lock = FileLock(path / LOCK_FILENAME)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -79,26 +80,35 @@ def run_folder(path: Path) -> Iterator[None]:
                 _sweep_if_free(beside)
         yield
     finally:
-        lock.release()
-        (path / LOCK_FILENAME).unlink(missing_ok=True)
-        for folder in (path, path.parent):
-            if folder not in existed and not any(folder.iterdir()):
-                folder.rmdir()
+        _release(lock, path)
+        if path.parent not in existed and not any(path.parent.iterdir()):
+            path.parent.rmdir()
 
 
 def _partials(folder: Path) -> list[Path]:
-    return [path for path in folder.glob(f".*{_PARTIAL_SUFFIX}") if path.is_dir()]
+    """What a killed process can have left: nobody else gives such names."""
+    pattern = rf"\.(final_)?\d+(\.removed)?{re.escape(_PARTIAL_SUFFIX)}"
+    return [path for path in folder.iterdir() if re.fullmatch(pattern, path.name) and path.is_dir()]
 
 
 def _sweep_if_free(folder: Path) -> None:
     try:
-        with FileLock(folder / LOCK_FILENAME, timeout=0):
-            _sweep(folder)
-            (folder / LOCK_FILENAME).unlink(missing_ok=True)
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        lock = FileLock(folder / LOCK_FILENAME)
+        lock.acquire(timeout=0)
+        _sweep(folder)
+        _release(lock, folder)
     except (Timeout, OSError):
         pass  # another run's, alive or not ours to change
+
+
+def _release(lock: FileLock, folder: Path) -> None:
+    """Let a folder go. Its lock file stays where there are checkpoints to resume from: removed, two later runs could
+    both hold a lock of that name.
+    """
+    if [path.name for path in folder.iterdir()] == [LOCK_FILENAME]:
+        (folder / LOCK_FILENAME).unlink(missing_ok=True)
+        folder.rmdir()
+    lock.release()
 
 
 def _sweep(folder: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from datasets.exceptions import DatasetGenerationError
 from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
 from sae_lens import logger as saelens_logger
+from transformers import AutoConfig
 
 from sae_lens_matryoshka.config_files import ConfigError
 from sae_lens_matryoshka.errors import UserError
@@ -53,6 +54,26 @@ def _as_configured() -> Iterator[None]:
             yield
     finally:
         saelens_logger.removeFilter(says_something_else)
+
+
+def check_context_size(cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig") -> None:
+    """Refuse a context that is longer than the model's, before the model is loaded.
+
+    Models whose config cannot be read by itself are left to SAELens.
+
+    Raises:
+        ConfigError: If ``context_size`` is above the number of positions that the model was made for.
+    """
+    try:
+        model_config = AutoConfig.from_pretrained(cfg.model_name, trust_remote_code=False).get_text_config()
+    except (OSError, ValueError, KeyError):
+        return
+    longest = getattr(model_config, "max_position_embeddings", None)
+    if isinstance(longest, int) and cfg.context_size > longest:
+        raise ConfigError(
+            f"context_size={cfg.context_size} is above the {longest} positions of {cfg.model_name}; set context_size="
+            f"{longest} or less."
+        )
 
 
 def check_d_in(store: ActivationsStore, d_in: Mapping[str, int]) -> None:

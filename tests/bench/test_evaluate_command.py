@@ -64,7 +64,9 @@ def test_everything_from_the_command_line(
     folder = tmp_path / "cwd"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    assert main([*arguments, *_evals(*QUICK), "--levels", "0,-1"]) == 0
+    evals = _evals(*QUICK)
+    evals[1] = evals[1].replace(",", ", ")
+    assert main([*arguments, *evals, "--levels", "-1,0", "--device", "auto"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"│ matryoshka +│ 2 +│ 128 +│ \d+\.\d +│ 0\.\d{3}", printed)
     assert re.search(r"│ baseline +│ +│ 48 +│ \d+\.\d +│ 0\.\d{3}", printed)
@@ -154,6 +156,11 @@ def test_what_cannot_be_fetched_is_named_and_the_rest_is_done(
         (["--data", "kinds=KINDS"], "Two files of --data have the same name, of kinds, kinds"),
         (["--evals", "core", "--set", "core.dataset=x"], "--set core.dataset=x name two texts for core; leave one out"),
         (["--evals", "core", "--text", "nowhere.jsonl"], "There is no file nowhere.jsonl"),
+        (["--device", "cuda:7"], "--device='cuda:7' cannot be used on this machine"),
+        (
+            [".hidden=matryoshka"],
+            "The name '.hidden' of .hidden=matryoshka cannot be that of result files, since it begins",
+        ),
         (["--model", "nobody/nothing"], "The model 'nobody/nothing' cannot be loaded"),
         (["--evals", "meta_structure", "--hook", "somewhere"], "hook_name='somewhere' is not a hook of a block"),
     ],
@@ -222,6 +229,15 @@ def test_saes_that_cannot_be_used_are_one_sentence(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
+
+
+@pytest.mark.parametrize("name", [".hidden", "..", "a/b", "con", "x" * 300])
+def test_names_that_cannot_be_those_of_result_files_are_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["evaluate", f"{name}=nowhere", "--evals", "meta_structure", "--output", str(tmp_path / "out")]) == 1
+    assert "cannot be that of result files, since it" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_figures_of_one_evaluation_without_l0(tmp_path: Path):

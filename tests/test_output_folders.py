@@ -1,0 +1,190 @@
+"""What has been trained is never lost by what comes after, and nothing is deleted that no run has written."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from sae_lens import SAE
+
+from sae_lens_matryoshka import trained_saes
+from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.output_folders import MARKER_FILENAME, check_output, record_files, staged_folder
+from sae_lens_matryoshka.runner import train
+from tests.tiny_runs import tiny_multi_run, tiny_run
+
+SAMPLES: Any = {"calibration_samples": 300, "measure_samples": 300}
+
+
+def _write(output: Path, content: str, force: bool = False) -> None:
+    with staged_folder(output, force) as staging:
+        (staging / "sae_weights.safetensors").write_text(content)
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_folders_that_other_things_live_in_are_refused(force: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for output in (".", "..", "../..", str(tmp_path), "/", "~"):
+        with pytest.raises(FileExistsError, match="is the working directory, a home, a mount point or a folder above"):
+            check_output(Path(output).expanduser(), force)
+    if Path("/proc").is_dir():
+        with pytest.raises(FileExistsError, match="a mount point"):
+            check_output(Path("/proc"), force)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="is a file; choose a folder"):
+        check_output(tmp_path / "file", force)
+
+
+def test_force_replaces_what_a_run_has_written_and_nothing_else(tmp_path: Path):
+    output = tmp_path / "out"
+    _write(output, "first")
+    with pytest.raises(FileExistsError, match="is not empty; choose another with --output or replace it with --force"):
+        _write(output, "second")
+    _write(output, "second", force=True)
+    assert (output / "sae_weights.safetensors").read_text() == "second"
+    assert _names(tmp_path) == [".out.lock", "out"]
+
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds what no run has written \(notes\.txt\); move it away"):
+        _write(output, "third", force=True)
+    (output / "notes.txt").unlink()
+    (output / "levels.csv").write_text("measured later")
+    record_files(output)
+    _write(output, "third", force=True)
+
+    _write(output / "inner", "another run")
+    record_files(output)  # even then
+    with pytest.raises(FileExistsError, match=r"holds other runs or their checkpoints \(inner\)"):
+        _write(output, "fourth", force=True)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.tex").write_text("theirs")
+    with pytest.raises(FileExistsError, match=f"is not one that this version has written .no {MARKER_FILENAME}"):
+        _write(tmp_path / "theirs", "mine", force=True)
+    assert (tmp_path / "theirs" / "thesis.tex").read_text() == "theirs"
+
+
+def test_after_an_error_the_old_output_stands_and_what_was_trained_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    output = tmp_path / "out"
+    _write(output, "first")
+    with pytest.raises(ZeroDivisionError), staged_folder(output, force=True):
+        raise ZeroDivisionError
+    assert _names(tmp_path) == [".out.lock", "out"]
+
+    rename = Path.rename
+
+    def fails_for_the_new(self: Path, target: Path) -> Path:
+        if "unfinished" in self.name and target == output:
+            raise OSError(16, "Device or resource busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails_for_the_new)
+    with pytest.raises(OSError, match="busy"):
+        _write(output, "second", force=True)
+    assert (output / "sae_weights.safetensors").read_text() == "first"
+    (kept,) = tmp_path.glob(".out.unfinished-*")
+    assert (kept / "sae_weights.safetensors").read_text() == "second"
+    assert f"What a run has trained is kept in {kept}" in caplog.text
+
+
+def test_what_killed_runs_leave_is_swept_unless_it_is_trained_or_another_outputs(tmp_path: Path):
+    for name in (".out.unfinished-abcd1234", ".out.unfinished-trained1", ".out-2.unfinished-abcd1234", ".out.mine"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".out.unfinished-trained1" / "sae_weights.safetensors").touch()
+    _write(tmp_path / "out", "first")
+    assert _names(tmp_path) == [
+        ".out-2.unfinished-abcd1234", ".out.lock", ".out.mine", ".out.unfinished-trained1", "out",
+    ]  # fmt: skip
+
+
+def test_two_runs_on_one_output_never_undo_each_other(tmp_path: Path):
+    with FileLock(tmp_path / ".out.lock"), pytest.raises(UserError, match="Another run is writing to"):
+        _write(tmp_path / "out", "second")
+    with staged_folder(tmp_path / "out") as staging:
+        (staging / "a").touch()
+        (tmp_path / "out").mkdir()  # by somebody who takes no lock
+        (tmp_path / "out" / "theirs").touch()
+        with pytest.raises(FileExistsError, match="is not empty"):
+            check_output(tmp_path / "out", force=False)
+        (tmp_path / "out" / "theirs").unlink()
+    assert (tmp_path / ".out.lock").is_file()
+
+
+def test_a_link_is_followed_from_the_start(tmp_path: Path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    _write(tmp_path / "link", "first")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "out" / "sae_weights.safetensors").read_text() == "first"
+    _write(tmp_path / "link", "second", force=True)
+    assert (tmp_path / "disk" / "out" / "sae_weights.safetensors").read_text() == "second"
+
+
+def _breaks(*_: Any) -> Iterator[Any]:
+    raise RuntimeError("CUDA out of memory.")
+
+
+def _is_interrupted(*_: Any) -> Iterator[Any]:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", ["calibrate_threshold", "measure_levels"])
+@pytest.mark.parametrize("several", [False, True])
+def test_what_fails_after_training_costs_no_sae_and_is_made_up_for(
+    several: bool, step: str, tinystories: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    make = tiny_multi_run if several else tiny_run
+    run = make(tinystories, None, training_tokens=12 * 128)
+    with monkeypatch.context() as patch:
+        patch.setattr(trained_saes, step, _breaks)
+        output = train(run, output=tmp_path / "out", **SAMPLES).output
+    folders = [output / "early", output / "late"] if several else [output]
+    for folder in folders:
+        message = f"The SAE is saved in {folder}, but has not been calibrated and measured (CUDA out of memory.); "
+        assert message + "the same command with --resume auto makes up for it." in caplog.text
+        assert SAE.load_from_disk(folder)
+        assert not (folder / "levels.csv").exists()
+
+    again = train(run, output=output, resume="auto", **SAMPLES)
+    assert not again.was_finished
+    assert [sae.path for sae in again.saes] == folders
+    for sae in again.saes:
+        assert (sae.path / "levels.csv").is_file()
+        assert sae.calibration is not None
+        assert sae.levels[-1].l0 == pytest.approx(sae.calibration.l0_after, rel=0.3)
+    assert train(run, output=output, resume="auto", **SAMPLES).was_finished
+    train(run, output=output, force=True, **SAMPLES)  # all of it is the run's
+
+
+def test_ctrl_c_after_training_leaves_the_sae(
+    tinystories: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(trained_saes, "calibrate_threshold", _is_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_run(tinystories, None, training_tokens=12 * 128), output=tmp_path / "out", **SAMPLES)
+    assert SAE.load_from_disk(tmp_path / "out")
+    assert "has not been calibrated and measured (interrupted)" in caplog.text
+    assert _names(tmp_path) == [".out.lock", "out"]
+
+
+def test_a_calibrated_threshold_is_what_is_saved(tinystories: Path, tmp_path: Path):
+    caught: list[SAE[Any]] = []
+    original = trained_saes.calibrate_threshold
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trained_saes, "calibrate_threshold", lambda sae, *a: caught.append(sae) or original(sae, *a))
+        run = tiny_run(tinystories, None, training_tokens=12 * 128)
+        output = train(run, output=tmp_path / "out", **SAMPLES).output
+    saved = SAE.load_from_disk(output)
+    assert saved.threshold.equal(caught[0].threshold)  # type: ignore[arg-type]
+    assert saved.cfg.metadata.calibration_samples == 300
+    assert not [name for name in os.listdir(output) if name.startswith(".")]
