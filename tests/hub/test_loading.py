@@ -225,6 +225,6 @@ def test_what_is_here_is_never_looked_for_on_the_hub(
         hub.load(folder, "wrong_id")
     for options in ({"revision": "v2"}, {"force_download": True}):
         with pytest.raises(UserError, match="is here, not on the Hub: leave out revision and force_download"):
-            hub.load(folder, "kept", **options)
+            hub.load(folder, "kept", **options)  # type: ignore[arg-type]
     assert hub.load(folder, "kept").widths == [3, 8, 20]
     assert local_hub.requests == []
