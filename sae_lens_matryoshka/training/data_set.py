@@ -68,7 +68,9 @@ def open_data_set(cfg: RunConfig) -> Dataset | IterableDataset | None:
         for _ in islice(dataset, CHECKED_ROWS):
             pass
         return dataset
-    arguments["written"] = tuple(Path(file).stat().st_mtime_ns for file in files)
+    # a copy under the same name may bring its old time of writing along, as tar and rsync do
+    states = [Path(file).stat() for file in files]
+    arguments["written"] = tuple((s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in states)
     try:
         dataset = Dataset.from_generator(_rows, _features(column, cfg.use_chat_formatting), gen_kwargs=arguments)
     except DatasetGenerationError as error:
