@@ -1,8 +1,16 @@
 """The errors that a user can mend."""
 
+MAX_MESSAGE = 2_000
+"""How many characters of a message are kept: a value that is shown in it can be as long as a file."""
+
 
 class UserError(ValueError):
     """Something the user asked for cannot be done; the message says what, and how to mend it, in one sentence."""
+
+    def __init__(self, message: str) -> None:
+        if len(message) > MAX_MESSAGE:
+            message = f"{message[: MAX_MESSAGE * 3 // 4]} ... {message[-MAX_MESSAGE // 4 :]}"
+        super().__init__(message)
 
 
 class ConfigError(UserError):

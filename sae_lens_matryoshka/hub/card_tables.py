@@ -1,7 +1,11 @@
 """The tables of a model card: levels, training settings, benchmark results."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from sae_lens_matryoshka.csv_tables import is_whole_number
+from sae_lens_matryoshka.terminal import printable
 
 
 def levels_table(widths: Sequence[int], figures: Sequence[dict[str, str]]) -> str:
@@ -16,7 +20,7 @@ def levels_table(widths: Sequence[int], figures: Sequence[dict[str, str]]) -> st
     rows: list[tuple[str, ...]] = []
     for level, (width, row) in enumerate(zip(widths, figures, strict=True)):
         dead = row.get("dead") or ""
-        share = f" ({int(dead) / width:.1%})" if dead.isdigit() else ""
+        share = f" ({int(dead) / width:.1%})" if is_whole_number(dead) else ""
         l0, fvu = _number(row.get("l0") or "", ".2f"), _number(row.get("fvu") or "", ".4f")
         rows.append((str(level), str(width), l0, fvu, f"{dead}{share}"))
     return markdown_table(["level", "width", "L0", "FVU", "dead"], rows)
@@ -69,12 +73,28 @@ def results_table(rows: Sequence[dict[str, str]]) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table whose cells cannot break it."""
-    lines = [list(header), ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
+    """A Markdown table whose cells are text, whatever is in them."""
+    lines = [map(literally, header), ["---"] * len(header), *(map(literally, row) for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def literally(text: str) -> str:
+    """Somebody's text in Markdown: as it is where it is plain, else as code, where it is no link, picture or HTML."""
+    text = printable(" ".join(text.split())).replace("<!--", "<! --")  # which would hide or end a part of the card
+    if re.fullmatch(_PLAIN, text) and not re.search(r"www\.|://", text, re.IGNORECASE):
+        return text
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    edge = " " if text.startswith("`") or text.endswith("`") else ""
+    escaped = re.sub(r"(\\?)\|", _escaped_pipe, text)  # which tables need in code, too
+    return f"{fence}{edge}{escaped}{edge}{fence}"
+
+
+def _escaped_pipe(match: re.Match[str]) -> str:
+    return r"\ \|" if match[1] else r"\|"  # in tables \\ is one escape, and would leave the pipe without
 
 
 _LONG_TABLE = 40
+_PLAIN = r"(?:[\w(-][\w .,:;+%()/=-]*)?"
 _RUN_FIELDS = (
     "training_tokens",
     "training_samples",
@@ -97,7 +117,7 @@ _RUN_FIELDS = (
 def _column(row: dict[str, str]) -> tuple[int, str]:
     """Position and heading of a result's level."""
     level, width = (_number(row.get(name) or "", ".0f") for name in ("level", "width"))
-    position = int(level) if level.isdigit() else -1
+    position = int(level) if is_whole_number(level) else -1
     if level and width:
         return position, f"level {level} ({width})"
     return position, f"level {level}" if level else width or "value"
@@ -112,7 +132,3 @@ def _number(text: str, form: str) -> str:
 
 def _text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000 else str(value)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())

@@ -1,44 +1,37 @@
-"""Names on the Hub of what an SAE was trained on, for the front matter of its card."""
+"""Names of models and data sets on the Hub, as far as tables know them without asking it."""
 
-import re
-from collections.abc import Iterable
+from functools import cache
 
+import yaml
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
-from sae_lens_matryoshka.hub.local_paths import Replacement
+from sae_lens_matryoshka.config_files import embedded_run_files
+
+HUB_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"
+"""The form of ``user/name``; a relative path of two parts has it too."""
 
 
-def hub_model(model_name: str | None, replacements: Iterable[Replacement]) -> str | None:
-    """The Hub's name of a model, or None if it has none that is known.
-
-    TransformerLens's short names, such as ``gemma-2-2b``, are looked up in its table.
-
-    Args:
-        model_name: ``model_name`` of the SAE's metadata.
-        replacements: What was replaced in them; a local model has no name on the Hub.
-    """
-    if not model_name or _was_local(model_name, "model_name", replacements):
-        return None
+def official_model(name: str) -> str | None:
+    """The Hub's name of a model that TransformerLens knows, also by a short name such as ``gemma-2-2b``."""
     try:
-        return get_official_model_name(model_name)
+        return get_official_model_name(name)
     except ValueError:
-        return model_name if re.fullmatch(_HUB_NAME, model_name) else None
-
-
-def hub_dataset(dataset_path: str | None, replacements: Iterable[Replacement]) -> str | None:
-    """The Hub's name of a data set, or None if it has none.
-
-    Args:
-        dataset_path: ``dataset_path`` of the SAE's metadata.
-        replacements: What was replaced in them; a local data set has no name on the Hub.
-    """
-    if not dataset_path or _was_local(dataset_path, "dataset_path", replacements):
         return None
-    return dataset_path if re.fullmatch(_HUB_NAME, dataset_path) else None
 
 
-_HUB_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"
+def is_known(name: str) -> bool:
+    """Whether TransformerLens's table, SAELens's directory of SAEs or a run file of this package has the name."""
+    return name in _known_names() or official_model(name) is not None
 
 
-def _was_local(published: str, field: str, replacements: Iterable[Replacement]) -> bool:
-    return any(replacement.field.endswith(field) and replacement.published == published for replacement in replacements)
+@cache
+def _known_names() -> frozenset[str]:
+    names: set[str] = set()
+    for release in get_pretrained_saes_directory().values():
+        overrides = release.config_overrides or {}
+        names |= {release.model, *(value for value in overrides.values() if isinstance(value, str))}
+    for path in embedded_run_files().values():
+        run = yaml.safe_load(path.read_text(encoding="utf-8"))
+        names |= {run[field] for field in ("model_name", "dataset_path") if field in run}
+    return frozenset(names)

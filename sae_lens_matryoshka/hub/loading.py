@@ -31,7 +31,8 @@ def load(
 
     Args:
         source: A folder with ``cfg.json`` or ``ae.pt``, a folder of such folders, an ``ae.pt`` file, a repository
-            ``user/name`` or a release of SAELens's directory.
+            ``user/name`` or a release of SAELens's directory. What is here is never looked for on the Hub, where the
+            same name would be somebody else's.
         sae_id: The SAE's id: its folder in ``source``.
         widths: The level widths, for SAEs whose files do not record them.
         device: The device to load to.
@@ -41,7 +42,8 @@ def load(
         force_download: Whether to download again what is cached.
 
     Raises:
-        UserError: If there is no such SAE, the Hub cannot be reached, or the files are damaged or contradictory.
+        UserError: If there is no such SAE, an option is for repositories only and the SAE is here, the Hub cannot be
+            reached, or the files are damaged or contradictory.
         ValueError: If the widths are neither given, recorded nor known, contradict those, or do not fit the SAE.
     """
     sae = _load(source, sae_id, device, dtype, revision, force_download)
@@ -79,7 +81,10 @@ def _load(
     force_download: bool = False,
 ) -> SAE[Any]:
     path = Path(source) / (sae_id or "")
-    if sae_id is None or path.exists():
+    is_here = Path(source).exists()
+    if is_here and (revision is not None or force_download):
+        raise UserError(f"{source} is here, not on the Hub: leave out revision and force_download.")
+    if is_here or sae_id is None:
         return _load_from_disk(path, device, dtype)
     loader = published_sae_loader(str(source))
     if revision is not None:
@@ -96,9 +101,12 @@ def _load_from_disk(path: Path, device: str, dtype: str | None) -> SAE[Any]:
         return load_saved_sae(path, device, dtype)
     if path.is_file() or (path / WEIGHTS_FILENAME).is_file():
         return load_saved_sae(path, device, dtype, dictionary_learning_disk_loader)
-    ids = sorted(str(cfg.parent.relative_to(path)) for cfg in path.glob(f"*/{SAE_CFG_FILENAME}"))
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    ids = ", ".join(sorted(str(cfg.parent.relative_to(existing)) for cfg in existing.glob(f"*/{SAE_CFG_FILENAME}")))
+    if ids and existing == path:
+        raise UserError(f"{path} holds several SAEs; say which one by its id: {ids}.")
     if ids:
-        raise UserError(f"{path} holds several SAEs; say which one by its id: {', '.join(ids)}.")
+        raise UserError(f"There is no saved SAE at {path}; {existing} holds {ids}.")
     raise UserError(
         f"There is no saved SAE at {path} (no {SAE_CFG_FILENAME}); for a Hub repository or release give its id too."
     )

@@ -1,89 +1,40 @@
-"""Keeping this machine out of what is published: local paths, account names and tokens in configs.
+"""Telling paths from other text by how they look, and what of a path may be shown: its last part.
 
-SAELens records ``model_name``, ``dataset_path`` and its whole runner config verbatim. A local path is replaced by its
-last part, which still says what was used; accounts and tokens are dropped. Every replacement is reported.
+Where something lies on a machine or in a bucket says who made it and for whom. The last part still says what was used.
 """
 
-import os
 import re
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+
+from sae_lens_matryoshka.hub.secret_text import without_login
 
 
-@dataclass(frozen=True)
-class Replacement:
-    """A value that is published otherwise than it stands on disk."""
-
-    field: str
-    """The file and the field in it, such as ``cfg.json: metadata.model_name``."""
-
-    value: str
-    """What stands on disk; a token is not repeated here."""
-
-    published: str | None
-    """What is published instead; None for nothing."""
-
-
-def without_local_paths(value: Any, field: str, replacements: list[Replacement]) -> Any:
-    """A copy of JSON contents that names no local path, account or token.
+def is_path(value: str) -> bool:
+    """Whether a string can be nothing but the place of a file or folder, here, on another machine or in a bucket.
 
     Args:
-        value: The contents: objects, lists, strings, numbers.
-        field: What replacements call them; nested fields are appended.
-        replacements: Takes a record of everything that was replaced.
-    """
-    if isinstance(value, dict):
-        separator = "" if field.endswith(": ") else "."
-        return {
-            _clean_text(key): without_local_paths(inner, f"{field}{separator}{_clean_text(key)}", replacements)
-            for key, inner in value.items()
-        }
-    if isinstance(value, list):
-        return [without_local_paths(inner, f"{field}[{index}]", replacements) for index, inner in enumerate(value)]
-    if not isinstance(value, str):
-        return value
-    name = re.split(r"[.: ]", field)[-1]
-    if value and (name in _PRIVATE_FIELDS or _HUB_TOKEN.search(value)):
-        hide = name not in _ACCOUNT_FIELDS
-        replacements.append(Replacement(field, "(a token)" if hide else value, None))
-        return None
-    published = last_part(value) if is_local_path(value, name) else _clean_text(value)
-    if published != value:
-        replacements.append(Replacement(field, value, published))
-    return published
-
-
-def is_local_path(value: str, field: str = "") -> bool:
-    """Whether a string names a file or folder of this or another machine, rather than something on the Hub.
-
-    Args:
-        value: The string.
-        field: The name of the field that holds it; those of output folders hold nothing but local paths.
+        value: The whole string. Relative paths without a dot in front look like names on the Hub; see
+            :mod:`hub.privacy` for those.
     """
     if "\n" in value or not value.strip():
         return False
-    if value.lower().startswith("file:"):
-        return True
-    if "://" in value:
-        return False
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", value):
+        return _is_private_address(value)
     if PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute() or value.startswith("\\\\"):
         return True
-    if re.match(r"(\.{1,2}|~[^/\\]*)([/\\]|$)", value):
-        return True
-    n_separators = len(re.findall(r"[/\\]", value))
-    if field in _OUTPUT_FIELDS:
-        return n_separators > 0
-    if n_separators == 0:
-        return False
-    if field in _NAME_FIELDS and ("\\" in value or n_separators > 1):  # names on the Hub have one slash at most
-        return True
-    return os.path.exists(value)  # unlike Path.exists, also False for text that cannot be a path
+    return re.match(r"(?:file|dbfs):|(?:\.{1,2}|~[^/\\]*)(?:[/\\]|$)|[\w.-]+@[\w.-]+:\S", value) is not None
 
 
 def last_part(path: str) -> str:
-    """The last part of a local path, or ``local`` where that would tell who someone is."""
+    """The last part of a path, or ``local`` where that would tell who someone is."""
+    scheme, separator, rest = without_login(path).partition("://")
+    if separator and scheme.lower() == "file":
+        path = rest
+    elif separator:
+        path = re.split(r"[?#]", rest.lstrip("/"))[0].partition("/")[2]  # without the bucket or server
     parts = [part for part in re.split(r"[/\\]", path) if part not in ("", ".", "..")]
+    if parts:
+        parts[-1] = re.sub(r"^([\w.-]+@[\w.-]+:)+", "", parts[-1]) or "~"  # user@server:
     if not parts or parts[-1].startswith("~") or parts[-1].endswith(":"):
         return "local"
     is_home = (len(parts) == 2 and parts[0].lower() in ("home", "users")) or parts[-1] == Path.home().name
@@ -91,27 +42,48 @@ def last_part(path: str) -> str:
     return "local" if is_home else parts[-1]
 
 
-def _clean_text(text: str) -> str:
-    """Replace local paths inside a longer text, such as a command line."""
-    return _EMBEDDED_PATH.sub(lambda match: last_part(match.group()), text)
+def without_paths(text: str) -> str:
+    """A text, such as a command line, with every path in it replaced by its last part."""
+    return _EMBEDDED_PATH.sub(_replaced, text)
 
 
-_ACCOUNT_FIELDS = ("wandb_entity",)
-_PRIVATE_FIELDS = (*_ACCOUNT_FIELDS, "token", "use_auth_token", "hf_token", "api_key")
-_OUTPUT_FIELDS = (
-    "output_path",
-    "checkpoint_path",
-    "cached_activations_path",
-    "resume_from_checkpoint",
-    "from_pretrained_path",
+_BUCKET_HOSTS = (
+    r"amazonaws\.com|storage\.(?:googleapis|cloud\.google)\.com|core\.windows\.net|cloudflarestorage\.com|"
+    r"digitaloceanspaces\.com|backblazeb2\.com|aliyuncs\.com"
 )
-_NAME_FIELDS = ("model_name", "dataset_path")
-_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+_INTERNAL_HOSTS = r"[^.]*|[\d.]+|\[.*|(?:.*\.)?(?:local|localdomain|internal|intranet|lan|corp|home|private)"
+_PRIVATE_HOST = re.compile(rf"(?:.*\.)?(?:{_BUCKET_HOSTS})|{_INTERNAL_HOSTS}", re.IGNORECASE)
+
+_PART = r"[^/\\\s\"'<>|]"
+_MORE_WORDS = r"(?:\ [^/\\\s\"'<>|=-][^/\\\s\"'<>|=]*){0,4}"  # a folder's name may hold spaces
+_FOLDERS = rf"(?:{_PART}+{_MORE_WORDS}/)"
+_DATA_FILE = r"(?:jsonl?|csv|tsv|parquet|arrow|txt|pt|safetensors|ya?ml|py|sh|npz?|png|pkl|bin|ckpt|gguf)"
 _EMBEDDED_PATH = re.compile(
-    r"""file:/+[^\s"']+ # a file URL
-    | (?<![\w./\\-])~?/(?!/)(?:[^/\s"'<>|]+/)+[^/\s"'<>|]* # /at/least/two or ~/one
-    | (?<![\w./\\-])~/[^\s"'<>|]+
-    | (?<!\w)[A-Za-z]:\\[^\s"'<>|]+ # C:\...
-    | \\\\[^\s"'<>|\\]+\\[^\s"'<>|]+ # \\server\share""",
+    rf"""\bhttps?://[^\s"'<>|]*
+    | (?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]+:///*{_FOLDERS}*{_PART}*
+    | (?P<quote>["'])(?P<quoted>(?:~[\w.-]*|\.{{1,2}}|[A-Za-z]:|\\)?[/\\][^"'\n]*)(?P=quote)
+    | \bfile:/+{_FOLDERS}*{_PART}+
+    | (?<![\w./\\-])[\w.-]+@[\w.-]+:/*{_FOLDERS}*{_PART}+ # user@server:path
+    | (?<![\w./\\-])~?/(?!/){_FOLDERS}+{_PART}* # /at/least/two or ~/one
+    | (?<![\w./\\-])(?:~[\w.-]*|\.{{1,2}})/{_FOLDERS}*{_PART}+
+    | (?<!\w)(?:[A-Za-z]:|\.{{1,2}}|\\\\{_PART}+)\\(?:{_PART}+{_MORE_WORDS}\\)*{_PART}+ # C:\... and \\server\share
+    | (?<![\w./\\:@+-])(?:(?=[\w.@+-]*[A-Za-z_])[\w.@+-]+/){{2,}}[\w.@+-]+ # three/parts/and more
+    | (?<![\w./\\:@+-])(?:[\w.@+-]+/)+[\w.@+-]*\.{_DATA_FILE}\b""",
     re.VERBOSE,
 )
+
+
+def _replaced(match: re.Match[str]) -> str:
+    if match["quoted"] is not None:
+        return f"{match['quote']}{last_part(match['quoted'])}{match['quote']}"
+    path = match.group()
+    return path if "://" in path and not _is_private_address(path) else last_part(path)
+
+
+def _is_private_address(url: str) -> bool:
+    """Whether a URL leads to files of someone's own: a bucket, or a server that only some can reach."""
+    scheme, _, rest = without_login(url).partition("://")
+    if scheme.lower() not in ("http", "https"):
+        return scheme.lower() != "hf"
+    host, _, port = re.split(r"[/?#]", rest)[0].partition(":")
+    return bool(port) or _PRIVATE_HOST.fullmatch(host) is not None

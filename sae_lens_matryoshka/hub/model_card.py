@@ -4,15 +4,18 @@ The section stands between two HTML comments, and so does the part of each SAE i
 parts of the SAEs that are published, and leaves the other parts and all text around the section as they are.
 """
 
+import json
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 from huggingface_hub import CardData, ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from sae_lens_matryoshka.bounded import load_yaml
 from sae_lens_matryoshka.errors import UserError
-from sae_lens_matryoshka.hub.card_tables import levels_table, markdown_table, results_table, settings_table
+from sae_lens_matryoshka.hub.card_tables import levels_table, literally, markdown_table, results_table, settings_table
 from sae_lens_matryoshka.loading.checks import config_as_saelens_6
 
 BEGIN = "<!-- sae-lens-matryoshka:begin (this section is replaced when SAEs are pushed; write above or below it) -->"
@@ -38,6 +41,10 @@ class CardEntry:
     """The model's repository on the Hub, if it has one."""
     dataset: str | None = None
     """The data set's repository on the Hub, if it has one."""
+    keeps_results: bool = False
+    """Whether results that stand in the card stay there."""
+    replaces_weights: bool = False
+    """Whether other weights were published under the id before."""
 
 
 def render_card(existing: str | None, repo_id: str, entries: list[CardEntry], revision: str | None = None) -> str:
@@ -58,6 +65,8 @@ def render_card(existing: str | None, repo_id: str, entries: list[CardEntry], re
         section = _render_section({}, repo_id, entries, revision)
         return f"---\n{data.to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}\n\n{section}\n"
     try:
+        front_matter = REGEX_YAML_BLOCK.search(existing)
+        load_yaml(front_matter.group(2) if front_matter else "")  # bounded, which huggingface_hub's reading is not
         card = ModelCard(existing)
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -74,6 +83,12 @@ def render_card(existing: str | None, repo_id: str, entries: list[CardEntry], re
         return existing[: len(existing) - len(card.text)] + text
     card.text = text
     return card.content
+
+
+def listed_figures(card: str | None) -> dict[str, list[str]]:
+    """The paths of the figures that a card shows in the part of each SAE."""
+    parts = re.findall(_PART, card or "", re.DOTALL)
+    return {sae_id: re.findall(r"^!\[[^\]\n]*\]\(([^()\s]+)\)\r?$", part, re.MULTILINE) for sae_id, part in parts}
 
 
 def _merge_front_matter(data: CardData, entries: list[CardEntry]) -> None:
@@ -114,7 +129,7 @@ _PART = r"<!-- sae-lens-matryoshka:sae (\S+) -->(.*?)<!-- sae-lens-matryoshka:sa
 
 
 def _render_section(parts: dict[str, str], repo_id: str, entries: list[CardEntry], revision: str | None) -> str:
-    parts = {**parts, **{entry.sae_id: _render_entry(entry, repo_id, revision) for entry in entries}}
+    parts = {**parts, **{e.sae_id: _render_entry(e, repo_id, revision, parts.get(e.sae_id, "")) for e in entries}}
     paragraphs = [BEGIN, _INTRODUCTION]
     for sae_id in sorted(parts, key=_natural):
         paragraphs.append(
@@ -124,10 +139,10 @@ def _render_section(parts: dict[str, str], repo_id: str, entries: list[CardEntry
     return "\n\n".join(paragraphs)
 
 
-def _render_entry(entry: CardEntry, repo_id: str, revision: str | None) -> str:
+def _render_entry(entry: CardEntry, repo_id: str, revision: str | None, previous: str) -> str:
     cfg = config_as_saelens_6(entry.cfg)
     kind = "Matryoshka SAE" if entry.widths else "SAE"
-    paragraphs = [f"## {entry.sae_id}", f"{kind}, saved as SAELens's architecture `{cfg['architecture']}`."]
+    paragraphs = [f"## {literally(entry.sae_id)}", f"{kind}, saved as SAELens's architecture `{cfg['architecture']}`."]
     if entry.widths:
         paragraphs += ["### Levels", levels_table(entry.widths, entry.level_figures)]
         if entry.level_figures:
@@ -136,9 +151,14 @@ def _render_entry(entry: CardEntry, repo_id: str, revision: str | None) -> str:
                 "level leaves unexplained. Dead: latents that never fired while this was measured."
             )
     paragraphs += ["### Training", settings_table(cfg, entry.run_settings)]
-    if entry.results:
-        paragraphs += ["### Benchmarks", results_table(entry.results)]
-    paragraphs += [f"![{path.rsplit('/', 1)[-1]}]({path})" for path in entry.figures]
+    kept = re.search(r"^### Benchmarks\n.*?(?=^### Load\n)", previous, re.DOTALL | re.MULTILINE)
+    if entry.keeps_results and kept:
+        paragraphs.append(kept.group().strip())
+        if entry.replaces_weights and _MEASURED_BEFORE not in kept.group():
+            paragraphs.append(_MEASURED_BEFORE)
+    elif entry.results or entry.figures:
+        paragraphs += ["### Benchmarks", *([results_table(entry.results)] if entry.results else [])]
+        paragraphs += [f"![{path.rsplit('/', 1)[-1]}]({path})" for path in entry.figures]
     paragraphs += ["### Load", _loading_code(entry, repo_id, revision)]
     return "\n\n".join(paragraphs)
 
@@ -151,10 +171,12 @@ def _loading_code(entry: CardEntry, repo_id: str, revision: str | None) -> str:
     else:
         plain = (
             f"from huggingface_hub import snapshot_download\nfrom sae_lens import SAE\n\n"
-            f'folder = snapshot_download({name}, revision="{revision}", allow_patterns="{entry.sae_id}/*")\n'
+            f'folder = snapshot_download({name}, revision={json.dumps(revision)}, allow_patterns="{entry.sae_id}/*")\n'
             f'sae = SAE.load_from_disk(f"{{folder}}/{entry.sae_id}")'
         )
-        ours = f'from sae_lens_matryoshka import hub\n\nsae = hub.load({name}, {sae_id}, revision="{revision}")'
+        ours = (
+            f"from sae_lens_matryoshka import hub\n\nsae = hub.load({name}, {sae_id}, revision={json.dumps(revision)})"
+        )
     blocks = [f"With SAELens alone{', all latents' if entry.widths else ''}:\n\n```python\n{plain}\n```"]
     if entry.widths:
         ours += (
@@ -163,15 +185,17 @@ def _loading_code(entry: CardEntry, repo_id: str, revision: str | None) -> str:
         )
         blocks.append(f"With its levels (`pip install sae-lens-matryoshka`):\n\n```python\n{ours}\n```")
     if entry.level_ids:
-        rows = [(str(level), f"`{level_id}`") for level, level_id in enumerate(entry.level_ids)]
+        rows = [(str(level), level_id) for level, level_id in enumerate(entry.level_ids)]
         blocks.append(f"Levels published as SAEs of their own:\n\n{markdown_table(['level', 'id'], rows)}")
     return "\n\n".join(blocks)
 
 
 def _natural(sae_id: str) -> list[tuple[int, str]]:
     """Sort key that puts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", sae_id)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]{1,9})", sae_id)]
 
+
+_MEASURED_BEFORE = "These results are those of weights that were published here before."
 
 _INTRODUCTION = """Sparse autoencoders for [SAELens](https://github.com/decoderesearch/SAELens), published with
 `sae-lens-matryoshka`. A [Matryoshka SAE](https://arxiv.org/abs/2503.17547) has nested levels: the first latents, up to

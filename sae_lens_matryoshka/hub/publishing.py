@@ -6,7 +6,7 @@ be wrong on this machine is found before the Hub is asked for anything; until th
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +16,10 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from huggingface_hub.utils import get_session, validate_repo_id
 
 from sae_lens_matryoshka.errors import UserError
-from sae_lens_matryoshka.hub.local_paths import Replacement
 from sae_lens_matryoshka.hub.model_card import render_card
+from sae_lens_matryoshka.hub.privacy import Replacement
 from sae_lens_matryoshka.hub.saved_saes import check_sae_id, find_saved_saes
-from sae_lens_matryoshka.hub.upload_plan import UploadPlan, obsolete_files, plan_upload
+from sae_lens_matryoshka.hub.upload_plan import UploadPlan, keep_what_stays, plan_upload
 from sae_lens_matryoshka.loading.hub_errors import hub_errors
 
 CARD_FILENAME = "README.md"
@@ -46,7 +46,7 @@ class Push:
     """Bytes that publishing levels as SAEs of their own adds."""
 
     obsolete: list[str]
-    """Files of an earlier push of the same SAEs that are removed."""
+    """Files of an earlier push of the same SAEs that are removed, since they are of no use with these."""
 
     replacements: list[Replacement]
     """What is published otherwise than it stands on disk."""
@@ -74,7 +74,9 @@ class _Repository:
     commit: str | None
     """Its last commit; None where there is no repository."""
 
-    files: list[str]
+    files: dict[str, str | None]
+    """The SHA-256 of every file by path, where the Hub tells it: of weights and figures."""
+
     card: str | None
     new_branch: bool = False
     note: str = ""
@@ -89,6 +91,7 @@ def push_to_hub(
     revision: str | None = None,
     results: str | Path | None = None,
     levels: bool = False,
+    hub_names: Collection[str] = (),
     dry_run: bool = False,
     token: str | None = None,
     show: Callable[[Push], None] | None = None,
@@ -96,8 +99,9 @@ def push_to_hub(
 ) -> Push:
     """Publish a saved SAE, or a folder of them, with a model card, in one commit.
 
-    The repository is made if it does not exist; after an interruption it stays, empty. Files of an earlier push of the
-    same SAEs that are not written again are removed, and the rest of the repository is left as it is.
+    The repository is made if it does not exist; after an interruption it stays, empty. What an earlier push of the same
+    SAEs has written is replaced; results, and levels of the same weights, stay where this push has none. The rest of
+    the repository is left as it is.
 
     Args:
         path: A folder that SAELens or this plugin has saved, or a folder of such folders.
@@ -108,6 +112,8 @@ def push_to_hub(
         revision: The branch to publish on, made if it does not exist; None means the main one.
         results: A folder with benchmark results, ``results.csv`` and PNG figures, to show in the card.
         levels: Whether to publish each level as an SAE of its own too.
+        hub_names: Names of models and data sets that are on the Hub, for SAEs that do not record it; other names that
+            no table knows are taken for paths, see :mod:`hub.privacy`.
         dry_run: Whether to only return what would be written; the repository is read if it can be reached.
         token: The Hub token; None takes the one that was logged in with.
         show: Called with what will be written before anything is.
@@ -121,7 +127,7 @@ def push_to_hub(
     token = token or get_token()
     if token is None and not dry_run:
         raise UserError("There is no Hugging Face token: log in with 'hf auth login', or set HF_TOKEN.")
-    saes = find_saved_saes(path, sae_id)
+    saes = find_saved_saes(path, sae_id, hub_names)
     with tempfile.TemporaryDirectory(prefix="sae-lens-matryoshka-") as scratch:
         plan = plan_upload(saes, Path(scratch), levels, results)
         api = HfApi(token=token)
@@ -154,23 +160,23 @@ def _look_at(
     except UserError as error:
         if not dry_run:
             raise
-        return _Repository(None, [], None, note=f"The repository was not looked at: {error}")
+        return _Repository(None, {}, None, note=f"The repository was not looked at: {error}")
 
 
 def _read_repository(api: HfApi, repo_id: str, revision: str | None, private: bool, timeout: float) -> _Repository:
     new_branch = False
     try:
-        info = api.model_info(repo_id, revision=revision, timeout=timeout)
+        info = api.model_info(repo_id, revision=revision, timeout=timeout, files_metadata=True)
     except RevisionNotFoundError:  # the branch is made from the main one
         new_branch = True
-        info = api.model_info(repo_id, timeout=timeout)
+        info = api.model_info(repo_id, timeout=timeout, files_metadata=True)
     except RepositoryNotFoundError as error:
         if error.response.status_code != 404:
             raise
-        return _Repository(None, [], None, new_branch=revision is not None)
+        return _Repository(None, {}, None, new_branch=revision is not None)
     if private and not info.private:
         raise UserError(f"{repo_id} exists and is public; make it private in its settings first, or leave out private.")
-    files = [file.rfilename for file in info.siblings or []]
+    files = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in info.siblings or []}
     card = None
     if CARD_FILENAME in files:
         downloaded = api.hf_hub_download(repo_id, CARD_FILENAME, revision=info.sha)
@@ -182,6 +188,7 @@ def _read_repository(api: HfApi, repo_id: str, revision: str | None, private: bo
 
 
 def _describe(plan: UploadPlan, repo_id: str, revision: str | None, repository: _Repository) -> Push:
+    obsolete = keep_what_stays(plan, repository.files, repository.card)
     card = render_card(repository.card, repo_id, plan.entries, revision)
     return Push(
         repo_id=repo_id,
@@ -189,7 +196,7 @@ def _describe(plan: UploadPlan, repo_id: str, revision: str | None, repository: 
         sae_ids=[entry.sae_id for entry in plan.entries],
         files={**{path: plan.size(path) for path in plan.files}, CARD_FILENAME: len(card.encode())},
         levels_size=plan.levels_size,
-        obsolete=obsolete_files(plan, repository.files),
+        obsolete=obsolete,
         replacements=plan.replacements,
         card=card,
         new_repository=repository.commit is None and not repository.note,

@@ -1,11 +1,12 @@
 """Benchmark results for a model card: the rows of ``results.csv`` that belong to an SAE, and the figures beside it."""
 
-import csv
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sae_lens_matryoshka.csv_tables import read_csv
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.hub.own_files import check_own_file
 
 RESULTS_FILENAME = "results.csv"
 
@@ -15,7 +16,7 @@ class Results:
     """What benchmarks have found about one SAE."""
 
     rows: list[dict[str, str]]
-    """Rows with at least ``metric`` and ``value``, and where recorded ``evaluation``, ``level``, ``width``."""
+    """Rows with ``metric`` and ``value``, and where recorded ``evaluation``, ``level``, ``width``, else empty."""
 
     figures: list[Path]
     """PNG files, by name."""
@@ -31,22 +32,14 @@ def read_results(folder: str | Path, names: Iterable[str], only_sae: bool) -> Re
             is called there.
 
     Raises:
-        UserError: If there is no table, it lacks ``metric`` or ``value``, or has no row about the SAE.
+        UserError: If there is no table, it lacks ``metric`` or ``value`` or has no row about the SAE, or if it or a
+            figure is a link out of the folder.
     """
     folder = Path(folder)
     path = folder / RESULTS_FILENAME
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"There are no results in {folder} (no {RESULTS_FILENAME}).")
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            rows = [{key: value or "" for key, value in row.items() if key} for row in reader]
-            columns = reader.fieldnames or []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
-    missing = [column for column in ("metric", "value") if column not in columns]
-    if missing:
-        raise UserError(f"{path} is not a table of results: it has no column {' and no column '.join(missing)}.")
+    rows = read_csv(check_own_file(path, folder), ["metric", "value"])
     called = {row["sae"] for row in rows if row.get("sae")}
     if called and not (only_sae and len(called) == 1):
         names = set(names)
@@ -55,4 +48,9 @@ def read_results(folder: str | Path, names: Iterable[str], only_sae: bool) -> Re
             raise UserError(
                 f"{path} has results about {', '.join(sorted(called))}, but none about {' or '.join(sorted(names))}."
             )
-    return Results(rows, sorted(folder.glob("*.png")))
+    figures = [check_own_file(figure, folder) for figure in sorted(folder.glob("*.png"))]
+    return Results([{column: row.get(column, "") for column in _COLUMNS} for row in rows], figures)
+
+
+_COLUMNS = ("evaluation", "metric", "level", "width", "value")
+"""What a card shows; other columns are not published."""

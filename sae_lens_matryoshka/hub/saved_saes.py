@@ -1,23 +1,32 @@
-"""What lies in a folder to be published: its SAEs, checked, with ids, configs free of local paths, and figures a level.
+"""What lies in a folder to be published: its SAEs, checked, with ids, configs free of local paths, and level figures.
 
 The data's way: folder -> folders with ``cfg.json`` (:func:`find_saved_saes`) -> each loaded once in full, so that what
 cannot be loaded is not published -> :class:`SavedSAE`, from which the upload and the model card are made.
 """
 
-import csv
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sae_lens import SAE
-from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.synthetic import RUNNER_CONFIG_FILENAME
 
+from sae_lens_matryoshka.csv_tables import is_number, is_whole_number, read_csv
+from sae_lens_matryoshka.data_files import shown
 from sae_lens_matryoshka.errors import UserError
-from sae_lens_matryoshka.hub.local_paths import Replacement, without_local_paths
+from sae_lens_matryoshka.hub.own_files import MAX_BYTES, check_own_file
+from sae_lens_matryoshka.hub.privacy import PrivacyFilter
 from sae_lens_matryoshka.levels import recorded_widths
-from sae_lens_matryoshka.loading.checks import check_parameters, check_saved_sae, loading_errors, read_json
+from sae_lens_matryoshka.loading.checks import (
+    check_parameters,
+    check_saved_sae,
+    config_as_saelens_6,
+    loading_errors,
+    read_json,
+)
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
 from sae_lens_matryoshka.trained_saes import LEVELS_FILENAME
 
@@ -47,8 +56,14 @@ class SavedSAE:
     level_figures: list[dict[str, str]]
     """The rows of ``levels.csv``; empty if there is none."""
 
-    replacements: tuple[Replacement, ...]
-    """What is published otherwise than it stands on disk."""
+    privacy: PrivacyFilter
+    """What everything that is published of it passes through."""
+
+    base_model: str | None = None
+    """The model's repository on the Hub, if it is known to have one."""
+
+    dataset: str | None = None
+    """The data set's repository on the Hub, if it is known to have one."""
 
     def load(self) -> SAE[Any]:
         """Load it in full, as SAELens does."""
@@ -56,22 +71,24 @@ class SavedSAE:
             return SAE.load_from_disk(self.folder)
 
 
-def find_saved_saes(path: str | Path, sae_id: str | None = None) -> list[SavedSAE]:
+def find_saved_saes(path: str | Path, sae_id: str | None = None, hub_names: Collection[str] = ()) -> list[SavedSAE]:
     """The SAEs in a folder that SAELens or this plugin has saved, or in the folders below it.
 
     Args:
         path: A folder with ``cfg.json``, or a folder of such folders.
         sae_id: The id of a single SAE. Without it that is the name of its hook, or of its folder where it has none;
             the SAEs of a folder of folders are called by their paths in it.
+        hub_names: Names of models and data sets that are on the Hub, though the SAEs do not record it.
 
     Raises:
-        UserError: If there is none, an id is not possible, or an SAE cannot be loaded in full.
+        UserError: If there is none, an id is not possible, a file is a link to another folder, an SAE cannot be loaded
+            in full, or none of them has a name of ``hub_names``.
     """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"There is no folder {path}.")
     if (path / SAE_CFG_FILENAME).is_file():
-        return [_read(path, path, sae_id)]
+        return _with_hub_names([_read(path, path, sae_id, hub_names)], hub_names)
     folders = sorted(cfg.parent for cfg in path.rglob(SAE_CFG_FILENAME))
     if not folders:
         raise UserError(f"{path} is not a saved SAE (no {SAE_CFG_FILENAME}), nor does it hold any.")
@@ -80,7 +97,8 @@ def find_saved_saes(path: str | Path, sae_id: str | None = None) -> list[SavedSA
             f"{path} holds {len(folders)} SAEs, which are called by their folders; push one of those folders to give "
             f"it the id {sae_id!r}."
         )
-    return [_read(folder, path, folder.relative_to(path).as_posix()) for folder in folders]
+    saes = [_read(folder, path, folder.relative_to(path).as_posix(), hub_names) for folder in folders]
+    return _with_hub_names(saes, hub_names)
 
 
 def check_sae_id(sae_id: str) -> str:
@@ -99,25 +117,36 @@ def check_sae_id(sae_id: str) -> str:
     return sae_id
 
 
-def _read(folder: Path, root: Path, sae_id: str | None) -> SavedSAE:
+def _with_hub_names(saes: list[SavedSAE], hub_names: Collection[str]) -> list[SavedSAE]:
+    """The SAEs, unless the user says of a name that none of them has that it is on the Hub."""
+    for name in hub_names:
+        if not any(name in saved.privacy.seen for saved in saes):
+            raise UserError(f"No config to be published names {name!r}, which is said to be on the Hub.")
+    return saes
+
+
+def _read(folder: Path, root: Path, sae_id: str | None, hub_names: Collection[str]) -> SavedSAE:
     """Read and check one SAE; ``root`` is the folder that the user named, which may hold the run's config."""
     if sae_id is not None:
         check_sae_id(sae_id)
-    saved_cfg = check_saved_sae(folder)
-    replacements: list[Replacement] = []
-    cfg = without_local_paths(saved_cfg, f"{SAE_CFG_FILENAME}: ", replacements)
-    if sae_id is None:
-        metadata = cfg.get("metadata") or cfg  # before SAELens 6 metadata stood beside the rest
-        sae_id = check_sae_id(metadata.get("hook_name") or folder.resolve().name)
     runner_cfg_path = _first_file(folder / RUNNER_CFG_FILENAME, root / RUNNER_CFG_FILENAME)
+    synthetic_cfg_path = folder / RUNNER_CONFIG_FILENAME
+    for path in (runner_cfg_path, *(folder / name for name in _OWN_FILES)):
+        if path is not None and (path.exists() or path.is_symlink()):
+            check_own_file(path, root, None if path.suffix == ".safetensors" else MAX_BYTES)
+    saved_cfg = check_saved_sae(folder)
+    metadata = config_as_saelens_6(saved_cfg).get("metadata") or {}
+    privacy = PrivacyFilter(metadata, hub_names)
+    cfg = privacy.contents(saved_cfg, f"{SAE_CFG_FILENAME}: ")
+    if sae_id is None:
+        sae_id = check_sae_id(metadata.get("hook_name") or folder.resolve().name)
     runner_cfg = None
     if runner_cfg_path is not None:
-        runner_cfg = without_local_paths(read_json(runner_cfg_path), f"{RUNNER_CFG_FILENAME}: ", replacements)
+        runner_cfg = privacy.contents(read_json(runner_cfg_path), f"{RUNNER_CFG_FILENAME}: ")
     run_settings = runner_cfg or {}
-    if runner_cfg is None and (folder / RUNNER_CONFIG_FILENAME).is_file():
-        run_settings = without_local_paths(
-            read_json(folder / RUNNER_CONFIG_FILENAME), f"{RUNNER_CONFIG_FILENAME}: ", []
-        )
+    if runner_cfg is None and synthetic_cfg_path.is_file():
+        # only numbers of it are shown, so what is replaced in it is none of what is published
+        run_settings = PrivacyFilter(metadata, hub_names).contents(read_json(synthetic_cfg_path), "")
     saved = SavedSAE(
         sae_id,
         folder,
@@ -126,10 +155,22 @@ def _read(folder: Path, root: Path, sae_id: str | None) -> SavedSAE:
         run_settings,
         recorded_widths(saved_cfg),
         _read_levels(folder / LEVELS_FILENAME),
-        tuple(replacements),
+        privacy,
+        privacy.hub_model(metadata.get("model_name")),
+        privacy.hub_dataset(metadata.get("dataset_path")),
     )
     _check_loads(saved)
     return saved
+
+
+_OWN_FILES = (
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    SPARSITY_FILENAME,
+    LEVELS_FILENAME,
+    RUNNER_CFG_FILENAME,
+    RUNNER_CONFIG_FILENAME,
+)
 
 
 def _check_loads(saved: SavedSAE) -> None:
@@ -151,13 +192,19 @@ def _check_loads(saved: SavedSAE) -> None:
 
 
 def _read_levels(path: Path) -> list[dict[str, str]]:
+    """The rows of ``levels.csv``, all of them numbers, since they go into the card as they stand."""
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not all((row.get("width") or "").isdigit() for row in rows):
-        raise UserError(f"{path} is not a table of levels: every row needs a whole number under 'width'.")
+    rows = read_csv(path, ["width"])
+    for row in rows:
+        for column, fits in _LEVEL_COLUMNS.items():
+            cell = row.get(column, "")
+            if not fits(cell) and (cell or column == "width"):
+                raise UserError(f"{path} is not a table of levels: {column}={shown(cell)} is no number; remove it.")
     return rows
+
+
+_LEVEL_COLUMNS = {"width": is_whole_number, "dead": is_whole_number, "l0": is_number, "fvu": is_number}
 
 
 def _first_file(*paths: Path) -> Path | None:

@@ -7,18 +7,21 @@ that are published as SAEs of their own and figures lie in folders below it.
 
 import json
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import CommitOperationAdd
+from sae_lens import SAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.registry import SAE_CLASS_REGISTRY
 
 from sae_lens_matryoshka.errors import UserError
-from sae_lens_matryoshka.hub.hub_names import hub_dataset, hub_model
-from sae_lens_matryoshka.hub.local_paths import Replacement, without_local_paths
-from sae_lens_matryoshka.hub.model_card import CardEntry
-from sae_lens_matryoshka.hub.results import read_results
+from sae_lens_matryoshka.hub.model_card import CardEntry, listed_figures
+from sae_lens_matryoshka.hub.own_files import read_png, read_sparsity, weights_alone
+from sae_lens_matryoshka.hub.privacy import Replacement
+from sae_lens_matryoshka.hub.results import RESULTS_FILENAME, read_results
 from sae_lens_matryoshka.hub.saved_saes import SavedSAE
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
 
@@ -41,6 +44,12 @@ class UploadPlan:
     levels_size: int = 0
     """Bytes of the files of levels that are published as SAEs of their own."""
 
+    with_levels: bool = False
+    """Whether levels that were published before are replaced."""
+
+    with_results: bool = False
+    """Whether benchmark results that were published before are replaced."""
+
     def size(self, path: str) -> int:
         """Bytes of a file."""
         content = self.files[path]
@@ -61,67 +70,94 @@ def plan_upload(
     Raises:
         UserError: If the results cannot be read, or ``levels`` is asked for an SAE that has none.
     """
-    plan = UploadPlan()
+    plan = UploadPlan(with_levels=levels, with_results=results is not None)
     for saved in saes:
-        _plan_sae(plan, saved, scratch)
+        cfg = _plan_sae(plan, saved, scratch)
         level_ids = _plan_levels(plan, saved, scratch) if levels else []
         rows, figures = _plan_results(plan, saved, results, len(saes) == 1)
-        metadata = saved.cfg.get("metadata") or saved.cfg
         plan.entries.append(
             CardEntry(
                 saved.sae_id,
-                json.loads(_contents(plan, f"{saved.sae_id}/{SAE_CFG_FILENAME}")),
+                cfg,
                 saved.run_settings,
                 saved.widths,
                 saved.level_figures,
                 level_ids,
                 rows,
                 figures,
-                hub_model(metadata.get("model_name"), saved.replacements),
-                hub_dataset(metadata.get("dataset_path"), saved.replacements),
+                saved.base_model,
+                saved.dataset,
+                keeps_results=results is None,
             )
         )
-        plan.replacements += saved.replacements
+        # what is cut out or converted holds the same metadata again
+        plan.replacements += dict.fromkeys(saved.privacy.replacements)
     return plan
 
 
-def obsolete_files(plan: UploadPlan, existing: list[str]) -> list[str]:
-    """The files of an earlier push of the same SAEs that this push does not write, such as levels of other widths.
+def keep_what_stays(plan: UploadPlan, existing: Mapping[str, str | None], card: str | None) -> list[str]:
+    """Find out what of an earlier push of the same SAEs goes on being true, and what is to be removed.
 
-    Only what a push writes is named; everything else in a repository is left alone.
+    Levels that were published as SAEs of their own stay, and are named in the card, as long as they are those of the
+    same weights. Results stay until others are published; the card says if they were measured on other weights.
+    Nothing is removed but what a push has written: the SAE's own files, its levels, the figures that its card shows.
 
     Args:
-        plan: The push.
-        existing: The paths of all files of the repository.
+        plan: The push, whose entries are completed.
+        existing: The SHA-256 of every file of the repository by path, or None where the Hub does not tell.
+        card: The repository's model card, or None.
+
+    Returns:
+        The files to remove.
     """
-    names = "|".join(map(re.escape, SAE_FILENAMES))
-    written = re.compile(rf"((level_\d+_width_\d+/)?({names})|figures/[^/]+\.png)")
-    return [
-        path
-        for path in existing
-        if path not in plan.files
-        and any(
-            path.startswith(f"{entry.sae_id}/") and written.fullmatch(path.removeprefix(f"{entry.sae_id}/"))
-            for entry in plan.entries
+    obsolete: list[str] = []
+    shown = listed_figures(card)
+    for index, entry in enumerate(plan.entries):
+        weights = f"{entry.sae_id}/{SAE_WEIGHTS_FILENAME}"
+        is_same = existing.get(weights) == _sha256(plan.files[weights])
+        levels = _level_ids(entry.sae_id, entry.widths or [])
+        if not is_same or plan.with_levels or any(f"{level}/{SAE_CFG_FILENAME}" not in existing for level in levels):
+            levels = []
+        files = "|".join(map(re.escape, SAE_FILENAMES))
+        written = re.compile(rf"{re.escape(entry.sae_id)}(/level_[0-9]+_width_[0-9]+)?/({files})")
+        replaced = [path for path in existing if written.fullmatch(path) and path.rpartition("/")[0] not in levels]
+        if plan.with_results:
+            replaced += [path for path in shown.get(entry.sae_id, []) if path.startswith(f"{entry.sae_id}/figures/")]
+        obsolete += [path for path in dict.fromkeys(replaced) if path in existing and path not in plan.files]
+        plan.entries[index] = replace(
+            entry,
+            level_ids=[*levels, entry.sae_id] if levels else entry.level_ids,
+            replaces_weights=weights in existing and not is_same,
         )
-    ]
+    return obsolete
 
 
-def _plan_sae(plan: UploadPlan, saved: SavedSAE, scratch: Path) -> None:
+def _level_ids(sae_id: str, widths: Sequence[int]) -> list[str]:
+    """The ids of the levels that are published as SAEs of their own; the last is the SAE itself."""
+    return [f"{sae_id}/level_{level}_width_{width}" for level, width in enumerate(widths[:-1])]
+
+
+def _sha256(content: Path | bytes) -> str:
+    return CommitOperationAdd("of-a-file", content).upload_info.sha256.hex()
+
+
+def _plan_sae(plan: UploadPlan, saved: SavedSAE, scratch: Path) -> dict[str, Any]:
+    """Add the SAE itself, and return its config as it is published."""
     sae_class = SAE_CLASS_REGISTRY[saved.cfg.get("architecture", "standard")][0]
     if sae_class.__module__.startswith("sae_lens."):
-        cfg, weights = saved.cfg, saved.folder / SAE_WEIGHTS_FILENAME
+        cfg, weights = saved.cfg, weights_alone(saved.folder / SAE_WEIGHTS_FILENAME, scratch / saved.sae_id)
     else:  # SAELens alone does not know our architecture, but the full level is an SAE that it knows
         sae = MatryoshkaSAE.load_from_disk(saved.folder).at_level(-1)
         delattr(sae.cfg.metadata, "matryoshka_cut_from")
-        weights, cfg_path = sae.save_model(scratch / saved.sae_id)
-        cfg = without_local_paths(json.loads(cfg_path.read_text(encoding="utf-8")), "", [])
+        weights, cfg = _save(sae, saved, scratch / saved.sae_id)
     plan.files[f"{saved.sae_id}/{SAE_CFG_FILENAME}"] = _json(cfg)
     plan.files[f"{saved.sae_id}/{SAE_WEIGHTS_FILENAME}"] = weights
     if (saved.folder / SPARSITY_FILENAME).is_file():
-        plan.files[f"{saved.sae_id}/{SPARSITY_FILENAME}"] = saved.folder / SPARSITY_FILENAME
+        sparsity = read_sparsity(saved.folder / SPARSITY_FILENAME, saved.cfg["d_sae"])
+        plan.files[f"{saved.sae_id}/{SPARSITY_FILENAME}"] = sparsity
     if saved.runner_cfg is not None:
         plan.files[f"{saved.sae_id}/{RUNNER_CFG_FILENAME}"] = _json(saved.runner_cfg)
+    return cfg
 
 
 def _plan_levels(plan: UploadPlan, saved: SavedSAE, scratch: Path) -> list[str]:
@@ -129,17 +165,21 @@ def _plan_levels(plan: UploadPlan, saved: SavedSAE, scratch: Path) -> list[str]:
     if saved.widths is None:
         raise UserError(f"{saved.folder} does not record levels, so they cannot be published as SAEs of their own.")
     sae = MatryoshkaSAE.load_from_disk(saved.folder)
-    ids: list[str] = []
-    for level, width in enumerate(saved.widths[:-1]):
-        level_id = f"{saved.sae_id}/level_{level}_width_{width}"
-        weights, cfg_path = sae.at_level(level).save_model(scratch / level_id)
-        cfg = without_local_paths(json.loads(cfg_path.read_text(encoding="utf-8")), "", [])
+    ids = _level_ids(saved.sae_id, saved.widths)
+    for level, level_id in enumerate(ids):
+        weights, cfg = _save(sae.at_level(level), saved, scratch / level_id)
         files: dict[str, Path | bytes] = {SAE_CFG_FILENAME: _json(cfg), SAE_WEIGHTS_FILENAME: weights}
         for name, content in files.items():
             plan.files[f"{level_id}/{name}"] = content
             plan.levels_size += plan.size(f"{level_id}/{name}")
-        ids.append(level_id)
     return [*ids, saved.sae_id]
+
+
+def _save(sae: SAE[Any], saved: SavedSAE, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Save what was made of an SAE; returns its weights and what is published of its config."""
+    weights, cfg_path = sae.save_model(folder)
+    cfg = json.loads(cfg_path.read_text(encoding="utf-8"))
+    return Path(weights), saved.privacy.contents(cfg, f"{SAE_CFG_FILENAME}: ")
 
 
 def _plan_results(
@@ -151,14 +191,20 @@ def _plan_results(
     found = read_results(results, (saved.sae_id, saved.folder.resolve().name), only_sae)
     paths: list[str] = []
     for figure in found.figures:
-        paths.append(f"{saved.sae_id}/figures/{re.sub(r'[^A-Za-z0-9_.-]+', '_', figure.name)}")
-        plan.files[paths[-1]] = figure
-    return without_local_paths(found.rows, "results.csv: ", plan.replacements), paths
+        name = saved.privacy.contents(figure.stem, "figures: ") or "figure"
+        path = f"{saved.sae_id}/figures/{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}.png"
+        if path in plan.files:
+            raise UserError(f"{figure} would be published as {path}, as another figure there; rename one of them.")
+        plan.files[path] = read_png(figure)
+        paths.append(path)
+    rows = saved.privacy.contents(found.rows, f"{RESULTS_FILENAME}: ")
+    if len({_key(row) for row in rows}) < len({_key(row) for row in found.rows}):
+        raise UserError(f"Without the paths in them, two metrics in {results} are called the same; rename one of them.")
+    return rows, paths
 
 
-def _contents(plan: UploadPlan, path: str) -> bytes:
-    content = plan.files[path]
-    return content if isinstance(content, bytes) else content.read_bytes()
+def _key(row: dict[str, str]) -> tuple[str, ...]:
+    return tuple(cell or "" for column, cell in row.items() if column != "value")
 
 
 def _json(contents: dict[str, Any]) -> bytes:

@@ -1,5 +1,6 @@
 """A local Hub for every test here, and the real client pointed at it, in this process and in others."""
 
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
@@ -57,6 +59,13 @@ def saved_sae(tmp_path: Path) -> Path:
     return save_trained_sae(tmp_path / "runs" / "saved_sae", tmp_path)
 
 
+def png() -> bytes:
+    """A small picture as matplotlib saves it."""
+    buffer = io.BytesIO()
+    Figure(figsize=(1, 1), dpi=10).savefig(buffer, metadata={"Comment": "/home/alice/notebook.ipynb"})
+    return buffer.getvalue()
+
+
 def save_trained_sae(folder: Path, private_folder: Path, seed: int = 0) -> Path:
     """Save an SAE of levels 3, 8 and 20 with the files of a run."""
     torch.manual_seed(seed)
@@ -71,6 +80,7 @@ def save_trained_sae(folder: Path, private_folder: Path, seed: int = 0) -> Path:
     metadata.hook_name = "blocks.2.hook_resid_post"
     metadata.context_size = 256
     metadata.model_from_pretrained_kwargs = {"cache_dir": str(Path.home() / "cache"), "token": "hf_" + "a" * 30}
+    metadata.local_paths = ["model_name", "model_from_pretrained_kwargs.cache_dir"]
     sae.save_inference_model(folder)
     save_file({"sparsity": torch.full((20,), -2.0)}, folder / "sparsity.safetensors")
     runner_cfg = {

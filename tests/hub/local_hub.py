@@ -153,7 +153,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         sha = repository.branches.get(revision or "main", revision)
         info = {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": sha, "private": repository.private, "tags": []}
-        self._answer({**info, "siblings": [{"rfilename": path} for path in files]})
+        entries = [_tree_entry(path, content) for path, content in files.items()]
+        keys = ("lfs",) if "blobs" in self.query else ()
+        siblings = [{"rfilename": entry["path"], **{k: entry[k] for k in keys if k in entry}} for entry in entries]
+        self._answer({**info, "siblings": siblings})
 
     def tree(self, repo_id: str, revision: str) -> None:
         repository = self._readable(repo_id)
@@ -351,5 +354,5 @@ def _oid(path: str, content: bytes) -> str:
 
 def _tree_entry(path: str, content: bytes) -> dict[str, Any]:
     oid = _oid(path, content)
-    large = {"lfs": {"oid": oid, "size": len(content), "pointerSize": 130}} if _is_large(path) else {}
+    large = {"lfs": {"oid": oid, "sha256": oid, "size": len(content), "pointerSize": 130}} if _is_large(path) else {}
     return {"type": "file", "path": path, "size": len(content), "oid": oid, **large}

@@ -207,3 +207,24 @@ def test_one_load_reads_one_commit(local_hub: LocalHub, saved_sae: Path):
     head = local_hub.repositories["owner/saes"].branches["main"]
     assert resolved
     assert all(f"/resolve/{head}/" in request for request in resolved)
+
+
+def test_what_is_here_is_never_looked_for_on_the_hub(
+    local_hub: LocalHub, saved_sae: Path, monkeypatch: pytest.MonkeyPatch
+):
+    hub.push_to_hub(saved_sae, "owner/saes")
+    folder = saved_sae.parent
+    monkeypatch.chdir(folder)
+    saved_sae.rename(folder / "kept")
+    (folder / "owner" / "saes").mkdir(parents=True)
+    local_hub.requests.clear()
+    for source in ("owner/saes", folder / "owner" / "saes"):
+        with pytest.raises(UserError, match=f"There is no saved SAE at .*owner/saes/{ID}"):
+            hub.load(source, ID)
+    with pytest.raises(UserError, match=r"There is no saved SAE at .*wrong_id; .* holds kept\."):
+        hub.load(folder, "wrong_id")
+    for options in ({"revision": "v2"}, {"force_download": True}):
+        with pytest.raises(UserError, match="is here, not on the Hub: leave out revision and force_download"):
+            hub.load(folder, "kept", **options)
+    assert hub.load(folder, "kept").widths == [3, 8, 20]
+    assert local_hub.requests == []

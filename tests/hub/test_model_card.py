@@ -10,9 +10,8 @@ import yaml
 from sae_lens_matryoshka import hub
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.hub.card_tables import levels_table, markdown_table, results_table
-from sae_lens_matryoshka.hub.hub_names import hub_dataset, hub_model
-from sae_lens_matryoshka.hub.local_paths import Replacement
 from sae_lens_matryoshka.hub.model_card import END, CardEntry, render_card
+from tests.hub.conftest import png
 from tests.hub.local_hub import LocalHub
 
 ID = "blocks.2.hook_resid_post"
@@ -113,17 +112,16 @@ def test_results_and_figures_are_shown_and_uploaded(local_hub: LocalHub, saved_s
         f"{ID},1,8,absorption,mean | full,0.1,1\n"
         "another,0,3,core,ce_loss_score,0.5,1\n"
     )
-    (results / "sparse probing.png").write_bytes(b"\x89PNG picture")
+    (results / "sparse probing.png").write_bytes(png())
     hub.push_to_hub(saved_sae, "owner/saes", results=results)
     card = _published_card(local_hub)
     assert "| evaluation | metric | level 0 (3) | level 1 (8) |" in card
     assert "| core | ce_loss_score | 0.9123 | 0.95 |" in card
-    assert "| absorption | mean \\| full |  | 0.1 |" in card
+    assert "| absorption | `mean \\| full` |  | 0.1 |" in card
     assert "0.5 |" not in card
     figure = f"{ID}/figures/sparse_probing.png"
     assert f"![sparse_probing.png]({figure})" in card
-    assert local_hub.repositories["owner/saes"].files()[figure] == b"\x89PNG picture"
-    assert hub.push_to_hub(saved_sae, "owner/saes").obsolete == [figure]
+    assert local_hub.repositories["owner/saes"].files()[figure].startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -156,28 +154,5 @@ def test_results_with_few_or_odd_columns():
 
 
 def test_cells_cannot_break_a_table():
-    assert markdown_table(["a"], [["x | y\nz <!-- "]]).splitlines()[2] == "| x \\| y z &lt;!-- |"
+    assert markdown_table(["a"], [["x | y\nz <!-- "]]).splitlines()[2] == "| `x \\| y z <! --` |"
     assert levels_table([3, 20], []).splitlines()[2:] == ["| 0 | 3 |", "| 1 | 20 |"]
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("gemma-2-2b", "google/gemma-2-2b"),
-        ("gpt2-small", "gpt2"),
-        ("roneneldan/TinyStories-33M", "roneneldan/TinyStories-33M"),
-        ("someone/own-model", "someone/own-model"),
-        ("my model", None),
-        ("model", None),
-        (None, None),
-    ],
-)
-def test_models_are_called_by_their_names_on_the_hub(name: str | None, expected: str | None):
-    assert hub_model(name, []) == expected
-
-
-def test_local_models_and_data_sets_have_no_name_on_the_hub():
-    replaced = Replacement("cfg.json: metadata.model_name", "/data/gpt2", "gpt2")
-    assert hub_model("gpt2", [replaced]) is None
-    assert hub_dataset("roneneldan/TinyStories", [replaced]) == "roneneldan/TinyStories"
-    assert hub_dataset("a/b/c", []) is None

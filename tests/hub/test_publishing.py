@@ -1,5 +1,6 @@
 """Publishing through the real client: what lies in the repository afterwards, and that nothing else does."""
 
+import io
 import json
 import subprocess
 import sys
@@ -8,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.image import imread
 from sae_lens import SAE, JumpReLUSAE
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, hub
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.hub.own_files import MAX_BYTES
 from tests.conftest import random_matryoshka_sae
-from tests.hub.conftest import save_trained_sae
+from tests.hub.conftest import png, save_trained_sae
 from tests.hub.local_hub import LocalHub
 
 ID = "blocks.2.hook_resid_post"
@@ -198,7 +201,6 @@ def test_no_local_path_account_or_token_leaves_this_machine(local_hub: LocalHub,
         "runner_cfg.json: cached_activations_path",
         "runner_cfg.json: logger.wandb_entity",
         "runner_cfg.json: logger.run_name",
-        "results.csv: [0].sae",
     }
     runner_cfg = json.loads(_files(local_hub)[f"{ID}/runner_cfg.json"])
     assert runner_cfg["output_path"] == "saved_sae"
@@ -307,7 +309,9 @@ def _training_checkpoint(folder: Path) -> None:
         (lambda folder: (folder / "cfg.json").write_bytes(b"\xff"), "cfg.json cannot be read"),
         (lambda folder: (folder / "runner_cfg.json").write_text("[]"), "runner_cfg.json holds list"),
         (lambda folder: (folder / "levels.csv").write_text("level,width\n0,4\n"), "has figures for levels"),
-        (lambda folder: (folder / "levels.csv").write_text("a,b\n0,4\n"), "is not a table of levels"),
+        (lambda folder: (folder / "levels.csv").write_text("a,b\n0,4\n"), "levels.csv has no column width"),
+        (lambda folder: (folder / "levels.csv").write_text("width\n²\n"), "is not a table of levels: width='²'"),
+        (lambda folder: (folder / "levels.csv").write_text("width,l0\n3,![](x)\n"), "is not a table of levels: l0="),
     ],
 )
 def test_what_cannot_be_loaded_is_not_published(local_hub: LocalHub, saved_sae: Path, damage, message: str):
@@ -320,3 +324,136 @@ def test_what_cannot_be_loaded_is_not_published(local_hub: LocalHub, saved_sae: 
 def test_a_missing_folder_is_one_sentence(local_hub: LocalHub, tmp_path: Path):
     with pytest.raises(UserError, match="There is no folder"):
         hub.push_to_hub(tmp_path / "nowhere", "owner/saes")
+
+
+def test_what_lies_behind_a_link_is_not_published(local_hub: LocalHub, saved_sae: Path, tmp_path: Path):
+    private = save_trained_sae(tmp_path / "private", tmp_path)
+    (private / "figure.png").write_bytes(png())
+    (private / "results.csv").write_text("metric,value\nprivate,1\n")
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "results.csv").write_text("metric,value\nm,1\n")
+    names = [*FILES, "levels.csv"]
+    for link, target in [
+        *((saved_sae / name, private / name) for name in names),
+        (results / "results.csv", private / "results.csv"),
+        (results / "figure.png", private / "figure.png"),
+        (results / "broken.png", private / "nothing"),
+    ]:
+        content = link.read_bytes() if link.exists() else None
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        with pytest.raises(UserError, match=rf"{link} is a link to what lies outside {link.parent}"):
+            hub.push_to_hub(saved_sae, "owner/saes", results=results)
+        link.unlink()
+        if content is not None:
+            link.write_bytes(content)
+    assert local_hub.requests == []
+    # a link that stays inside, and a folder that is itself a link, are fine
+    (results / "figure.png").write_bytes(png())
+    (results / "again.png").symlink_to("figure.png")
+    (tmp_path / "link").symlink_to(saved_sae)
+    assert hub.push_to_hub(tmp_path / "link", "owner/saes", results=results).changed
+    # an SAE among several must lie there too
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "k_20").symlink_to(private)
+    with pytest.raises(UserError, match=r"is not a saved SAE|is a link to what lies outside"):
+        hub.push_to_hub(tmp_path / "sweep", "owner/saes")
+
+
+def test_figures_are_pictures_and_nothing_else(local_hub: LocalHub, saved_sae: Path, tmp_path: Path):
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "results.csv").write_text("metric,value\nm,1\n")
+    figure = results / "figure.png"
+    picture = png()
+    assert b"/home/alice/notebook.ipynb" in picture
+    figure.write_bytes(picture + b"my diary")
+    hub.push_to_hub(saved_sae, "owner/saes", results=results)
+    published = _files(local_hub)[f"{ID}/figures/figure.png"]
+    assert b"alice" not in published
+    assert b"diary" not in published
+    assert (imread(io.BytesIO(published)) == imread(io.BytesIO(picture))).all()
+    for content in (b"my diary", b"\x89PNG my diary", picture[:-20], picture[:8] + picture[33:], b""):
+        figure.write_bytes(content)
+        with pytest.raises(UserError, match=r"figure.png is not a PNG file"):
+            hub.push_to_hub(saved_sae, "owner/saes", results=results)
+    with figure.open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(UserError, match=r"figure.png has more than 20 MB"):
+        hub.push_to_hub(saved_sae, "owner/saes", results=results)
+
+
+def test_of_safetensors_only_the_tensors_are_published(local_hub: LocalHub, saved_sae: Path):
+    weights = load_file(saved_sae / "sae_weights.safetensors")
+    save_file(weights, saved_sae / "sae_weights.safetensors", {"format": "pt", "from": "/home/alice/run"})
+    sparsity = load_file(saved_sae / "sparsity.safetensors")
+    save_file(sparsity, saved_sae / "sparsity.safetensors", {"from": "/home/alice/run"})
+    hub.push_to_hub(saved_sae, "owner/saes")
+    assert b"alice" not in b"".join(_files(local_hub).values())
+    published = load(_files(local_hub)[f"{ID}/sae_weights.safetensors"])
+    assert published.keys() == weights.keys()
+    assert all(published[name].equal(tensor) for name, tensor in weights.items())
+    for wrong in ({"diary": torch.zeros(20)}, {**sparsity, "diary": torch.zeros(3)}, {"sparsity": torch.zeros(3)}):
+        save_file(wrong, saved_sae / "sparsity.safetensors")
+        with pytest.raises(UserError, match=r"sparsity.safetensors holds .* instead of one number a latent"):
+            hub.push_to_hub(saved_sae, "owner/saes")
+    save_file({**weights, "diary": torch.zeros(3)}, saved_sae / "sae_weights.safetensors")
+    with pytest.raises(UserError, match="diary"):
+        hub.push_to_hub(saved_sae, "owner/saes")
+
+
+def test_results_and_levels_stay_until_others_are_published(local_hub: LocalHub, saved_sae: Path, tmp_path: Path):
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "results.csv").write_text("metric,value,level,width\nfirst_metric,0.5,0,3\n")
+    (results / "first.png").write_bytes(png())
+    hub.push_to_hub(saved_sae, "owner/saes", results=results, levels=True)
+    repository = local_hub.repositories["owner/saes"]
+    by_hand = {f"{ID}/figures/by_hand.png": png(), f"{ID}/figures/notes.txt": b"mine"}
+    repository.commit("main", {**repository.files(), **by_hand}, "by hand")
+
+    before = _files(local_hub)
+    push = hub.push_to_hub(saved_sae, "owner/saes")
+    assert (push.obsolete, push.changed) == ([], False)
+    assert _files(local_hub) == before
+    assert f"| {ID}/level_0_width_3 |" in push.card
+
+    # other weights: what was cut out of the old ones goes, what was measured on them stays and is called so
+    save_trained_sae(saved_sae, tmp_path, seed=1)
+    push = hub.push_to_hub(saved_sae, "owner/saes")
+    assert push.obsolete == [f"{ID}/level_{name}/{file}" for name in ("0_width_3", "1_width_8") for file in FILES[:2]]
+    assert push.card.count("These results are those of weights that were published here before.") == 1
+    assert f"![first.png]({ID}/figures/first.png)" in push.card
+    assert "first_metric" in push.card
+    assert "level_0_width_3" not in push.card
+    assert hub.push_to_hub(saved_sae, "owner/saes").card == push.card
+
+    (results / "first.png").rename(results / "second.png")
+    (results / "results.csv").write_text("metric,value\nsecond_metric,0.5\n")
+    push = hub.push_to_hub(saved_sae, "owner/saes", results=results)
+    assert push.obsolete == [f"{ID}/figures/first.png"]
+    assert "first_metric" not in push.card
+    assert "first.png" not in push.card
+    assert "published here before" not in push.card
+    assert by_hand.items() <= _files(local_hub).items()
+
+
+def test_a_name_that_is_said_to_be_on_the_hub_must_be_there(local_hub: LocalHub, saved_sae: Path):
+    cfg = json.loads((saved_sae / "cfg.json").read_text())
+    cfg["metadata"] |= {"model_name": "someone/model", "dataset_path": "someone/text"}
+    del cfg["metadata"]["local_paths"]
+    (saved_sae / "cfg.json").write_text(json.dumps(cfg))
+    push = hub.push_to_hub(saved_sae, "owner/saes", hub_names=["someone/text"])
+    published = json.loads(_files(local_hub)[f"{ID}/cfg.json"])["metadata"]
+    assert (published["model_name"], published["dataset_path"]) == ("model", "someone/text")
+    assert "datasets: someone/text" in push.card
+    assert "base_model" not in push.card
+    with pytest.raises(UserError, match="No config to be published names 'someone/txt'"):
+        hub.push_to_hub(saved_sae, "owner/saes", hub_names=["someone/txt"])
+
+
+def test_metrics_that_paths_alone_tell_apart_are_not_mixed_up(saved_sae: Path, tmp_path: Path):
+    (tmp_path / "results.csv").write_text("metric,value\n/home/alice/a/loss,1\n/home/alice/b/loss,2\n")
+    with pytest.raises(UserError, match=r"two metrics in .* are called the same"):
+        hub.push_to_hub(saved_sae, "owner/saes", results=tmp_path, dry_run=True)

@@ -1,0 +1,48 @@
+"""Which names of models and data sets were paths: only while an SAE is trained can that be told.
+
+``models/gemma`` is a folder where there is one, and a name on the Hub everywhere else. So training records in an SAE's
+metadata which of the names it recorded were paths, and publishing goes by that (:mod:`hub.privacy`).
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from sae_lens import LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig, TrainingSAE
+
+LOCAL_PATHS = "local_paths"
+"""The field of an SAE's metadata that lists the fields of a run that named local files or folders."""
+
+_FIELDS = ("model_name", "dataset_path", "model_from_pretrained_kwargs", "model_kwargs")
+
+
+def record_local_paths(
+    cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig", saes: Iterable[TrainingSAE[Any]]
+) -> None:
+    """Record in the metadata of SAEs which names of their run are paths; call it before or while they are trained.
+
+    Args:
+        cfg: The run, in the working directory that it runs in.
+        saes: Its SAEs.
+    """
+    named = source_names({field: getattr(cfg, field, None) for field in _FIELDS})
+    local = [field for field, name in named.items() if os.path.exists(os.path.expanduser(name))]
+    for sae in saes:
+        sae.cfg.metadata[LOCAL_PATHS] = list(local)
+
+
+def source_names(contents: dict[str, Any]) -> dict[str, str]:
+    """What a run's config or an SAE's metadata names as the sources of its activations, by field.
+
+    Args:
+        contents: The config or metadata. Fields of mappings in it are called ``mapping.field``.
+    """
+    return {field: name for part in _FIELDS for field, name in _texts(part, contents.get(part))}
+
+
+def _texts(field: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str) and value:
+        yield field, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(f"{field}.{key}", inner)
