@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -24,6 +23,7 @@ from sae_lens_matryoshka.levels import parse_widths
 from sae_lens_matryoshka.runner import train
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
 from sae_lens_matryoshka.saes.matryoshka_sae_kinds import MatryoshkaJumpReLUSAE, MatryoshkaTopKSAE
+from sae_lens_matryoshka.terminal import PlainConsole, PlainFormatter, printable
 from sae_lens_matryoshka.training.checkpointer import CheckpointOptions
 
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("Interrupted.", file=sys.stderr)
         return 130
     except (UserError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(printable(f"error: {' '.join(str(error).split())}"), file=sys.stderr)
         return 1
     except Exception:
         traceback.print_exc()
@@ -133,6 +133,10 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     push.add_argument("--revision", metavar="BRANCH", help="branch to publish on (default: the main one)")
     push.add_argument("--results", metavar="DIR", help="benchmark results to show: results.csv and PNG figures")
     push.add_argument("--levels", action="store_true", help="also publish each level as an SAE of its own")
+    push.add_argument(
+        "--hub-name", action="append", default=[], metavar="NAME",
+        help="a model or data set in the configs that is on the Hub, where the SAE does not record it; repeatable",
+    )  # fmt: skip
     push.add_argument("--dry-run", action="store_true", help="print the model card and the files, write nothing")
     _add_evaluate(commands.add_parser("evaluate", help="run SAEBench on every level of SAEs (needs the extra bench)"))
 
@@ -154,6 +158,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def _progress_messages() -> Iterator[None]:
     """Show this package's messages beside the progress bars; SAELens's own say no more than it lets them."""
     package, handler = logging.getLogger("sae_lens_matryoshka"), logging.StreamHandler()
+    handler.setFormatter(PlainFormatter())
     level = package.level
     package.setLevel(logging.INFO)
     package.addHandler(handler)
@@ -223,7 +228,7 @@ def _train(options: argparse.Namespace) -> None:
             options.exact_resume, int(options.max_buffer_gb * 1e9), options.keep_checkpoints
         ),
     )
-    console = Console()
+    console = PlainConsole()
     for sae in result.saes:
         if sae.calibration is not None:
             console.print(
@@ -259,7 +264,7 @@ def _inspect(options: argparse.Namespace) -> None:
     except (ValueError, TypeError) as error:
         raise UserError(f"{options.sae} cannot be shown: {error}") from error
 
-    console = Console()
+    console = PlainConsole()
     metadata = sae.cfg.metadata
     title = f"{options.sae} ({sae.saved_architecture()})"
     fires = "fires above (min / median / max)" if isinstance(sae, MatryoshkaJumpReLUSAE) else "fires"
@@ -286,7 +291,7 @@ def _inspect(options: argparse.Namespace) -> None:
     }
     for name, value in facts.items():
         if value is not None:
-            console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
+            console.print(f"{name}: {value}", soft_wrap=True)
 
 
 def _firing_rule(sae: MatryoshkaSAE, narrower: int, width: int) -> str:
@@ -300,7 +305,7 @@ def _firing_rule(sae: MatryoshkaSAE, narrower: int, width: int) -> str:
 
 
 def _push(options: argparse.Namespace) -> None:
-    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    console = PlainConsole(soft_wrap=True)
 
     def show(push: hub.Push) -> None:
         if options.dry_run:
@@ -313,7 +318,8 @@ def _push(options: argparse.Namespace) -> None:
             console.print(f"Levels as SAEs of their own add {decimal(push.levels_size)}.")
         for replacement in push.replacements:
             published = "left out" if replacement.published is None else f"published as {replacement.published!r}"
-            console.print(f"{replacement.field}: {replacement.value!r} is {published}.")
+            hint = f"; if it is a name on the Hub, add --hub-name {replacement.value}" if replacement.guessed else ""
+            console.print(f"{replacement.field}: {replacement.value!r} is {published}{hint}.")
         if push.note:
             console.print(push.note)
 
@@ -325,6 +331,7 @@ def _push(options: argparse.Namespace) -> None:
         revision=options.revision,
         results=options.results,
         levels=options.levels,
+        hub_names=options.hub_name,
         dry_run=options.dry_run,
         show=show,
     )

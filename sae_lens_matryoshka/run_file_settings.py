@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 from yaml.composer import ComposerError
 
+from sae_lens_matryoshka import bounded
 from sae_lens_matryoshka.errors import ConfigError
 from sae_lens_matryoshka.run_file_saes import sae_name
 
@@ -14,9 +15,9 @@ def load_yaml(text: str) -> Any:
     """The contents of a run file, or the value of a setting.
 
     Raises:
-        yaml.YAMLError: If it is not valid YAML, or gives a field twice.
+        yaml.YAMLError: If it is not valid YAML, unfolds into too much, or gives a field twice.
     """
-    return yaml.load(text, _Loader)
+    return bounded.load_yaml(text, _Loader)
 
 
 class _Loader(yaml.SafeLoader):

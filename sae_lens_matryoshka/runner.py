@@ -35,6 +35,7 @@ from sae_lens_matryoshka.config_files import build_runner_configs
 from sae_lens_matryoshka.errors import ConfigError, UserError
 from sae_lens_matryoshka.output_folders import check_apart, check_output, record_files, staged_folder
 from sae_lens_matryoshka.synthetic_runs import train_on_synthetic_model, write_scores
+from sae_lens_matryoshka.trained_from import record_local_paths
 from sae_lens_matryoshka.trained_saes import (
     DEFAULT_SAMPLES,
     Samples,
@@ -180,6 +181,7 @@ class LanguageModelRunner(LanguageModelSAETrainingRunner):
             sae = TrainingSAE.from_dict(cfg.get_training_sae_cfg_dict())
         super().__init__(cfg, override_dataset=open_data_set(cfg), override_sae=sae)
         mark_uncalibrated(self.sae)
+        record_local_paths(cfg, [self.sae])
         self.start = start
         self.checkpointing = checkpointing
         take_over_store(self, checkpointing.exact, checkpointing.max_buffer_bytes)
@@ -213,6 +215,7 @@ class MultiSAERunner(MultiSAETrainingRunner):
     def __init__(self, cfg: MultiSAETrainingRunnerConfig, checkpointing: CheckpointOptions) -> None:
         super().__init__(cfg, override_dataset=open_data_set(cfg))
         keep_configs_of_run(self.saes.values())
+        record_local_paths(cfg, self.saes.values())
         for sae in self.saes.values():
             mark_uncalibrated(sae)
         self.checkpointing = checkpointing

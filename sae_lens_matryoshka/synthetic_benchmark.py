@@ -19,6 +19,7 @@ from sae_lens.synthetic import HierarchyNode, SyntheticModel, eval_sae_on_synthe
 from sae_lens.util import cosine_similarities
 from torch import Tensor
 
+from sae_lens_matryoshka.figure_text import text_as_it_stands
 from sae_lens_matryoshka.levels import recorded_widths
 
 RECOVERED_COSINE = 0.9
@@ -112,6 +113,7 @@ def parents_and_children(synthetic_model: SyntheticModel) -> Iterator[tuple[int,
             yield node.feature_index, children
 
 
+@text_as_it_stands()
 def plot_scores(scores: Mapping[str, SyntheticScores], path: Path) -> None:
     """Draw the scores of several SAEs side by side into a PNG file."""
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -126,7 +128,7 @@ def plot_scores(scores: Mapping[str, SyntheticScores], path: Path) -> None:
     axes.set_ylim(0, 1.1)
     axes.set_ylabel("score")
     axes.set_title("Features of the synthetic model found by each SAE")
-    axes.legend(loc="upper center", ncols=len(scores), bbox_to_anchor=(0.5, -0.15))
+    axes.legend(axes.containers, list(scores), loc="upper center", ncols=len(scores), bbox_to_anchor=(0.5, -0.15))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 

@@ -13,6 +13,7 @@ from sae_lens.synthetic import SyntheticModel, SyntheticSAERunner, SyntheticSAER
 from torch import Tensor
 
 from sae_lens_matryoshka.config_files import check_synthetic_d_in
+from sae_lens_matryoshka.csv_tables import write_csv
 from sae_lens_matryoshka.synthetic_benchmark import plot_scores, score_on_synthetic_model
 from sae_lens_matryoshka.trained_saes import (
     SavedSAE,
@@ -20,7 +21,6 @@ from sae_lens_matryoshka.trained_saes import (
     keep_configs_of_run,
     mark_uncalibrated,
     put_sparsity_in_order,
-    write_csv,
 )
 from sae_lens_matryoshka.training.wandb_run import wandb_run
 

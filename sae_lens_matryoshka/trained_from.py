@@ -9,6 +9,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from sae_lens import LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig, TrainingSAE
+from sae_lens.saes.sae import SAEMetadata
+
+from sae_lens_matryoshka.errors import UserError
 
 LOCAL_PATHS = "local_paths"
 """The field of an SAE's metadata that lists the fields of a run that named local files or folders."""
@@ -29,6 +32,18 @@ def record_local_paths(
     local = [field for field, name in named.items() if os.path.exists(os.path.expanduser(name))]
     for sae in saes:
         sae.cfg.metadata[LOCAL_PATHS] = list(local)
+
+
+def recorded_model(metadata: SAEMetadata) -> str | None:
+    """The name or path of the model that an SAE was trained on, if it records one.
+
+    Raises:
+        UserError: If it was a path that is not here: on the Hub, its name would be somebody else's.
+    """
+    name = metadata.model_name
+    if name and "model_name" in (metadata[LOCAL_PATHS] or ()) and not os.path.exists(os.path.expanduser(name)):
+        raise UserError(f"The SAE was trained on {name!r}, a local model that is not here; name it with --model.")
+    return name
 
 
 def source_names(contents: dict[str, Any]) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """What a run does with every SAE it has trained and saved, whatever it was trained on: calibrate it, measure it."""
 
 import copy
-import csv
 import logging
 import tempfile
 from collections.abc import Callable, Iterable
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_lens_matryoshka.calibration import ThresholdCalibration, calibrate_threshold
+from sae_lens_matryoshka.csv_tables import read_csv, write_csv
 from sae_lens_matryoshka.level_metrics import LevelMetrics, measure_levels
 from sae_lens_matryoshka.levels import recorded_widths
 from sae_lens_matryoshka.loading.checks import read_config
@@ -154,8 +154,7 @@ def read_finished(name: str, folder: Path) -> TrainedSAE:
     types = get_type_hints(LevelMetrics)
     levels: list[LevelMetrics] = []
     if (folder / LEVELS_FILENAME).is_file():
-        with (folder / LEVELS_FILENAME).open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_csv(folder / LEVELS_FILENAME)
         levels = [LevelMetrics(**{key: types[key](value) for key, value in row.items()}) for row in rows]
     return TrainedSAE(name, folder, None, levels)
 
@@ -172,11 +171,3 @@ def put_sparsity_in_order(path: Path, sae: TrainingSAE[Any]) -> None:
     if order is not None:
         sparsity = {name: values[order.cpu()] for name, values in load_file(path / SPARSITY_FILENAME).items()}
         save_file(sparsity, path / SPARSITY_FILENAME)
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows with the same keys as a table."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

@@ -11,7 +11,6 @@ from typing import Any
 import pandas as pd
 import yaml
 from pydantic import ValidationError
-from rich.console import Console
 from rich.table import Column, Table
 from sae_lens import SAE
 
@@ -36,12 +35,15 @@ from sae_lens_matryoshka.bench.upstream import (
     ScrAndTppEvalConfig,
     SparseProbingEvalConfig,
 )
+from sae_lens_matryoshka.bounded import load_yaml
 from sae_lens_matryoshka.data_files import READERS
 from sae_lens_matryoshka.devices import resolve_device
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.hub.loading import load_any
 from sae_lens_matryoshka.levels import parse_widths
 from sae_lens_matryoshka.run_file_saes import why_no_folder
+from sae_lens_matryoshka.terminal import PlainConsole
+from sae_lens_matryoshka.trained_from import recorded_model
 from sae_lens_matryoshka.training.data_set import open_text_file
 
 _EXCLUDES = "exclude_special_tokens_from_reconstruction"
@@ -79,14 +81,14 @@ def run_command(options: argparse.Namespace) -> None:
     widths = _widths_by_name(options.widths, [name for name, _ in places])
     loaded = [(name, _load_sae(where, widths.get(name), device, options.dtype)) for name, where in places]
     saes = [evaluated for name, sae in loaded for evaluated in levels(name, sae, which)]
-    model_name = options.model or loaded[0][1].cfg.metadata.model_name
+    model_name = options.model or recorded_model(loaded[0][1].cfg.metadata)
     if model_name is None:
         raise UserError(f"{options.saes[0]} does not record its model; name it with --model.")
     cache = Cache(options.cache, round(options.cache_size * 10**9))
     source = ActivationSource(load_model(model_name, device, options.dtype), cache)
     report = evaluate(saes, source, options.output, evaluations, hook_name=options.hook, force=options.force)
 
-    console = Console()
+    console = PlainConsole()
     if not report.results.empty:
         console.print(_table(headline_table(report.results)))
         console.print(f"Results, figures and {RESULTS_FILENAME} are in {report.output}", soft_wrap=True)
@@ -179,7 +181,7 @@ def _parse_setting(setting: str) -> tuple[str, str, Any]:
     if not separator or not dot:
         raise UserError(f"--set {setting!r} must be EVALUATION.FIELD=VALUE, as absorption.min_feats_for_eval=5.")
     try:
-        return name, field, yaml.safe_load(value)
+        return name, field, load_yaml(value)
     except yaml.YAMLError as error:
         raise UserError(f"--set {setting!r}: the value is not YAML.") from error
 

@@ -9,12 +9,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from sae_lens_matryoshka.bench.results import HEADLINES, headline_table
+from sae_lens_matryoshka.figure_text import text_as_it_stands
 
 BY_WIDTH_FILENAME = "metrics_by_width.png"
 BY_L0_FILENAME = "metrics_by_l0.png"
 N_COLUMNS = 3
 
 
+@text_as_it_stands()
 def plot_results(results: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw both figures into a folder; the one against L0 only where the core evaluation has measured it.
 
@@ -44,8 +46,9 @@ def _plot(table: pd.DataFrame, x: str, x_label: str, path: Path) -> Path:
         axes.set_xlabel(x_label)
     for axes in list(panels):
         axes.set_visible(False)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    lines = figure.axes[0].get_lines()
+    labels = [str(line.get_label()) for line in lines]  # matplotlib itself leaves out those that begin with _
+    figure.legend(lines, labels, loc="outside lower center", ncols=len(lines))
     figure.savefig(path, dpi=150)
     return path
 

@@ -16,7 +16,9 @@ from sae_lens_matryoshka.bench.evaluation import Evaluation
 from sae_lens_matryoshka.bench.figures import plot_results
 from sae_lens_matryoshka.bench.models import Model, load_model
 from sae_lens_matryoshka.bench.results import load_results
+from sae_lens_matryoshka.csv_tables import as_text
 from sae_lens_matryoshka.errors import REPORT_BUG, UserError
+from sae_lens_matryoshka.terminal import printable
 
 RESULTS_FILENAME = "results.csv"
 
@@ -72,10 +74,10 @@ def evaluate(
             evaluation.run(saes, source, output, hook_name, force)
         except UserError as error:
             failures[evaluation.name] = str(error)
-            tqdm.write(f"{evaluation.name} could not be run: {error}")
+            tqdm.write(printable(f"{evaluation.name} could not be run: {error}"))
         except Exception as error:  # the others run all the same
             failures[evaluation.name] = f"{type(error).__name__}: {error}. {REPORT_BUG}"
-            tqdm.write(traceback.format_exc(), file=sys.stderr)
+            tqdm.write(printable(traceback.format_exc()), file=sys.stderr)
     skipped = [sentence for evaluation in evaluations for sentence in evaluation.skipped]
     try:
         results = load_results(output, skipped.append)
@@ -84,7 +86,8 @@ def evaluate(
     results = _without_refused(results, evaluations, failures)
     if results.empty:
         return Report(output, results, failures, skipped)
-    results.to_csv(output / RESULTS_FILENAME, index=False)
+    texts = {column: results[column].map(as_text) for column in ("sae", "evaluation", "metric")}
+    results.assign(**texts).to_csv(output / RESULTS_FILENAME, index=False)
     plot_results(results, output)
     return Report(output, results, failures, skipped)
 

@@ -61,7 +61,7 @@ def load_results(folder: str | Path, on_unreadable: Callable[[str], object] = wa
     for path in paths:
         try:
             rows += _rows(path)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             on_unreadable(f"{path} is passed over: it is not a whole result of SAEBench ({error!r}).")
     if not rows:
         raise UserError(f"There are no readable results in {folder}.")
@@ -108,11 +108,12 @@ def column_label(evaluation: str, metric: str) -> str:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     result = json.loads(path.read_text(encoding="utf-8"))
-    level = re.fullmatch(r"level_(\d+)", result["sae_lens_id"])
+    level = re.fullmatch(r"level_([0-9]{1,9})", result["sae_lens_id"])
+    name, width = result["sae_lens_release_id"], result["sae_cfg_dict"]["d_sae"]
     common = {
-        "sae": result["sae_lens_release_id"],
+        "sae": name,
         "level": None if level is None else int(level[1]),
-        "width": result["sae_cfg_dict"]["d_sae"],
+        "width": width,
         "evaluation": path.parent.name,
     }
     metrics = {
@@ -121,4 +122,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     # the core evaluation's figure beyond SAEBench's own
     unstructured = result.get("eval_result_unstructured") or {}
     metrics |= {name: value for name, value in unstructured.items() if isinstance(value, float)}
+    wrong = [value for value in metrics.values() if value is not None and not isinstance(value, int | float)]
+    if not isinstance(name, str) or not isinstance(width, int) or wrong:
+        raise TypeError("values of other types than SAEBench's")
     return [{**common, "metric": metric, "value": value} for metric, value in metrics.items() if value is not None]

@@ -34,6 +34,9 @@ class Replacement:
     published: str | None
     """What is published instead; None for nothing."""
 
+    guessed: bool = False
+    """Whether it may be a name on the Hub, for all that is known, and has been taken for a path to be safe."""
+
 
 class PrivacyFilter:
     """Takes from what is published of one SAE what says where and by whom it was made.
@@ -83,7 +86,7 @@ class PrivacyFilter:
         self.seen.add(value)
         published = self._published(value, name)
         if published != value:
-            self.replacements.append(Replacement(field, value, published))
+            self.replacements.append(Replacement(field, value, published, self._is_guess(value, name)))
         return published
 
     def hub_model(self, model_name: str | None) -> str | None:
@@ -123,6 +126,10 @@ class PrivacyFilter:
         if os.path.exists(value):  # unlike Path.exists, also False for text that cannot be a path
             return True
         return n_separators > 1 and field != "revision" and re.fullmatch(r"\S*[^\W\d]\S*", value) is not None
+
+    def _is_guess(self, value: str, field: str) -> bool:
+        known = value in self._local or is_path(value) or os.path.exists(value)
+        return not known and all(re.fullmatch(form, text) for form, text in ((HUB_NAME, value), (_NAME_FIELD, field)))
 
     def _is_on_hub(self, name: str) -> bool:
         return name in self._on_hub or (is_known(name) and not os.path.exists(name))

@@ -5,6 +5,7 @@ numbers show, such as NaN, is looked for once they are in memory.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
+from sae_lens_matryoshka.bounded import check_bounded
 from sae_lens_matryoshka.errors import UserError
 
 TRAINING_ONLY = frozenset(
@@ -98,7 +100,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # ValueError: bad JSON, bad UTF-8
+        check_bounded(contents)
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8
         raise UserError(f"{path} cannot be read: {error}.") from error
     if not isinstance(contents, dict):
         raise UserError(f"{path} holds {type(contents).__name__} where the fields of a config should be.")
@@ -130,8 +133,10 @@ def check_saved_sae(folder: Path, dtype: str | None = None) -> dict[str, Any]:
             names = file.keys()
             if not TRAINING_ONLY.isdisjoint(names):
                 raise _training_checkpoint(folder)
+            n_values = 0
             for name in names:
                 header = file.get_slice(name)
+                n_values += math.prod(header.get_shape())
                 stored = _SAFETENSORS_DTYPES.get(header.get_dtype())
                 if stored is None:
                     raise UserError(f"{path}: {name} is stored as {header.get_dtype()}, not as floating-point numbers.")
@@ -148,6 +153,8 @@ def check_saved_sae(folder: Path, dtype: str | None = None) -> dict[str, Any]:
                     )
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is truncated or damaged ({_one_line(error)}).") from error
+    if n_values < d_sae * max(d_in, d_out):  # SAELens would make room for them before it looks
+        raise UserError(f"{path} holds {n_values:,} values, fewer than d_in={d_in} and d_sae={d_sae} ask for.")
     return cfg
 
 

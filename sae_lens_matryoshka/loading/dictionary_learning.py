@@ -8,6 +8,7 @@ from version 0.1.0: ``encode`` computes ``relu((x - b_dec) @ W_enc + b_enc)`` an
 import pickle
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
 from sae_lens import __version__
@@ -15,6 +16,7 @@ from sae_lens.constants import DTYPE_MAP
 from torch import Tensor
 
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.loading.checkpoint_files import check_checkpoint_file
 from sae_lens_matryoshka.loading.checks import read_json
 
 WEIGHTS_FILENAME = "ae.pt"
@@ -82,13 +84,17 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise UserError(f"There is no dictionary_learning checkpoint at {file}.")
     try:
+        check_checkpoint_file(file)
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{file} holds more than tensors, or is no checkpoint, and is not unpickled.") from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except (RuntimeError, EOFError, OSError, BadZipFile) as error:
         raise UserError(f"{file} is truncated or damaged ({' '.join(str(error).split())[:200]}).") from error
     if not isinstance(checkpoint, dict) or not all(isinstance(value, Tensor) for value in checkpoint.values()):
         raise UserError(f"{file} does not hold the parameters of an SAE by name.")
+    for name, tensor in checkpoint.items():
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UserError(f"{file}: {name} declares {tensor.numel():,} values, more than the file holds.")
     return checkpoint
 
 

@@ -181,7 +181,7 @@ def _features(column: str, use_chat_formatting: bool) -> Features | None:
 
 
 def _rows(
-    files: list[str], column: str, check: Callable[[Any, str], None], versions: tuple[tuple[int, int], ...] = ()
+    files: list[str], column: str, check: Callable[[Any, str], None], versions: tuple[tuple[int, ...], ...] = ()
 ) -> Iterator[dict[str, Any]]:
     """The rows of files, with one column; a list of files is what ``datasets`` shuffles and counts its position in.
 

@@ -17,6 +17,7 @@ from sae_lens_matryoshka.bench import load_results, upstream
 from sae_lens_matryoshka.bench.figures import plot_results
 from sae_lens_matryoshka.bench.results import headline_table
 from sae_lens_matryoshka.cli import main
+from sae_lens_matryoshka.csv_tables import read_csv
 from tests.bench.fixtures import HOOK
 from tests.loading.test_dictionary_learning import fake_checkpoint
 
@@ -125,6 +126,52 @@ def test_a_rerun_keeps_what_is_finished(arguments: list[str], tmp_path: Path, ca
     assert "was made with other parameters of the SAE. Choose another output" in capsys.readouterr().err
     assert main([*changed, "--force"]) == 0
     assert json.loads(path.read_text())["eval_config"]["random_seed"] == 1
+
+
+def test_names_are_text_in_table_csv_and_figures(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    name = "@[b]$_$"
+    arguments[2] = f"{name}={tmp_path / 'plain'}"
+    output = tmp_path / "out[" / "b]"
+    assert main([*arguments, *_evals("meta_structure"), "--levels", "0", "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert f"│ {name} " in printed
+    assert f"are in {output}" in printed
+    assert (output / "metrics_by_width.png").stat().st_size > 10_000
+    assert set(load_results(output)["sae"]) == {name, "matryoshka"}
+    assert set(pd.read_csv(output / "results.csv")["sae"]) == {f"'{name}", "matryoshka"}  # no formula
+    assert {row["sae"] for row in read_csv(output / "results.csv")} == {name, "matryoshka"}
+
+
+def test_a_result_of_somebody_elses_is_passed_over_if_its_types_are_wrong(tmp_path: Path):
+    (tmp_path / "core").mkdir()
+    good = {
+        "sae_lens_release_id": "ours", "sae_lens_id": "level_0", "sae_cfg_dict": {"d_sae": 8},
+        "eval_result_metrics": {"sparsity": {"l0": 2.0}},
+    }  # fmt: skip
+    changes = [
+        {}, {"sae_lens_release_id": 5}, {"sae_cfg_dict": {"d_sae": "8"}}, {"sae_lens_id": None},
+        {"eval_result_metrics": {"sparsity": {"l0": "2"}}}, {"eval_result_metrics": {"sparsity": {"l0": [2]}}},
+    ]  # fmt: skip
+    for index, change in enumerate(changes):
+        (tmp_path / "core" / f"{index}_eval_results.json").write_text(json.dumps({**good, **change}))
+    (tmp_path / "core" / "deep_eval_results.json").write_text("[" * 100_000)
+    passed_over: list[str] = []
+    results = load_results(tmp_path, passed_over.append)
+    assert len(passed_over) == len(changes)
+    assert results[["sae", "level", "width", "value"]].values.tolist() == [["ours", 0, 8, 2.0]]
+
+
+def test_the_model_that_an_sae_records_is_not_looked_for_on_the_hub_if_it_was_a_folder(
+    arguments: list[str], sae: MatryoshkaSAE, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    sae.cfg.metadata.model_name, sae.cfg.metadata.local_paths = "models/gpt2", ["model_name"]
+    sae.save_model(tmp_path / "matryoshka")
+    at = arguments.index("--model")
+    del arguments[at : at + 2]
+    assert main(arguments) == 1
+    assert "error: The SAE was trained on 'models/gpt2', a local model that is not here" in capsys.readouterr().err
 
 
 def test_what_cannot_be_fetched_is_named_and_the_rest_is_done(

@@ -1,5 +1,6 @@
 """What goes wrong with the Hub or on the way there: one sentence each, and the repository as it was or complete."""
 
+import json
 import os
 import signal
 import subprocess
@@ -183,6 +184,16 @@ def test_the_command_line_says_it_in_one_line(
     assert "nothing was changed" in capsys.readouterr().out
     assert main(["inspect", "owner/saes", "--id", ID]) == 0
     capsys.readouterr()
+
+    cfg = json.loads((saved_sae / "cfg.json").read_text())
+    cfg["metadata"]["dataset_path"] = "someone/text"
+    del cfg["metadata"]["local_paths"]
+    (saved_sae / "cfg.json").write_text(json.dumps(cfg))
+    assert main(["push", str(saved_sae), "owner/saes", "--dry-run"]) == 0
+    hint = "'someone/text' is published as 'text'; if it is a name on the Hub, add --hub-name someone/text."
+    assert hint in capsys.readouterr().out
+    assert main(["push", str(saved_sae), "owner/saes", "--dry-run", "--hub-name", "someone/text"]) == 0
+    assert "| data set | someone/text |" in capsys.readouterr().out
 
     save_trained_sae(saved_sae, tmp_path, seed=1)
     filled_hub.faults = [Fault(COMMIT, 403)]

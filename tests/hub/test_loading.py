@@ -223,8 +223,8 @@ def test_what_is_here_is_never_looked_for_on_the_hub(
             hub.load(source, ID)
     with pytest.raises(UserError, match=r"There is no saved SAE at .*wrong_id; .* holds kept\."):
         hub.load(folder, "wrong_id")
-    for options in ({"revision": "v2"}, {"force_download": True}):
+    for options in ((None, True), ("v2", False)):
         with pytest.raises(UserError, match="is here, not on the Hub: leave out revision and force_download"):
-            hub.load(folder, "kept", **options)  # type: ignore[arg-type]
+            hub.load(folder, "kept", revision=options[0], force_download=options[1])
     assert hub.load(folder, "kept").widths == [3, 8, 20]
     assert local_hub.requests == []

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from markdown_it import MarkdownIt
 
 from sae_lens_matryoshka import hub
 from sae_lens_matryoshka.errors import UserError
@@ -156,3 +157,53 @@ def test_results_with_few_or_odd_columns():
 def test_cells_cannot_break_a_table():
     assert markdown_table(["a"], [["x | y\nz <!-- "]]).splitlines()[2] == "| `x \\| y z <! --` |"
     assert levels_table([3, 20], []).splitlines()[2:] == ["| 0 | 3 |", "| 1 | 20 |"]
+
+
+HOSTILE = (
+    "![x](https://evil.example/pixel.png)", "[click](https://evil.example)", "<img src=https://evil.example>",
+    "https://evil.example", "www.evil.example", "a | ![x](https://evil.example)", "a \\| ![x](https://evil.example)",
+    "a \\\\| ![x](https://evil.example)", "`` ![x](https://evil.example) `", "<script>alert(1)</script>", "\n\n# Title",
+    END, "<!-- sae-lens-matryoshka:sae x -->", "<https://evil.example>", "[x]: https://evil.example",
+    "\x1b[2J\u202e", "x` <b>y</b>",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_configs_and_results_say_is_text_in_a_card(text: str):
+    """Read by a Markdown parser with tables and HTML, as the Hub's is: no link, picture or HTML but our own."""
+    metadata = {"model_name": text, "hook_name": text, "training_architecture_details": {"k": text, text: "x"}}
+    cfg = {**CFG, "dtype": text, "metadata": {**CFG["metadata"], **metadata}}
+    rows = [{"evaluation": text, "metric": text, "value": text, "level": text, "width": text}]
+    entry = CardEntry("layer_2", cfg, {"lr_scheduler_name": text}, [3, 20], results=rows)
+    card = render_card(None, "owner/saes", [entry])
+    plain = render_card(None, "owner/saes", [_entry(widths=[3, 20])])
+    assert render_card(card, "owner/saes", [entry]) == card  # its marks are whole
+    assert all(character.isprintable() or character == "\n" for character in card)
+
+    def kinds(markdown: str, *wanted: str) -> list[tuple[str, str]]:
+        parser = MarkdownIt("commonmark", {"html": True}).enable("table")
+        body = markdown.partition("\n---\n")[2]
+        tokens = [inner for token in parser.parse(body) for inner in (token, *(token.children or []))]
+        return [(token.type, str(token.attrs) + token.content) for token in tokens if token.type in wanted]
+
+    active = ("link_open", "image", "html_inline", "html_block", "heading_open")
+    benchmarks = ("heading_open", "{}")  # the one heading that results add
+    assert sorted(kinds(card, *active)) == sorted([*kinds(plain, *active), benchmarks])
+    # what a renderer that makes links of bare addresses would do so with
+    texts = [content for _, content in kinds(card, "text")]
+    assert not any("evil.example" in content for content in texts)
+
+
+def test_a_card_that_unfolds_is_refused():
+    bomb = "x0: &x0 [x, x, x, x, x, x, x, x, x, x]\n"
+    for index in range(9):
+        bomb += f"x{index + 1}: &x{index + 1} [{', '.join([f'*x{index}'] * 10)}]\n"
+    with pytest.raises(UserError, match=r"front matter of the README.md of owner/saes is not valid.*unfolds"):
+        render_card(f"---\n{bomb}---\n\nMine.\n", "owner/saes", [_entry()])
+
+
+def test_an_odd_id_in_a_card_does_no_harm():
+    card = render_card(None, "owner/saes", [_entry("layer_10")])
+    for odd in ("²", "9" * 6000):
+        other = card.replace("sae layer_10 -->", f"sae {odd} -->")
+        assert f"sae {odd} -->" in render_card(other, "owner/saes", [_entry("layer_2")])

@@ -128,6 +128,7 @@ def test_without_a_record_only_known_names_are_taken_for_names(tmp_path: Path, m
     metadata = {"model_name": "google/gemma-2-2b", "dataset_path": "someone/text", "kwargs": {"tokenizer": "a/b"}}
     privacy = PrivacyFilter(metadata)
     assert privacy.contents(metadata, "") == {**metadata, "dataset_path": "text", "kwargs": {"tokenizer": "b"}}
+    assert [(guess.value, guess.guessed) for guess in privacy.replacements] == [("someone/text", True), ("a/b", True)]
     assert privacy.hub_model("google/gemma-2-2b") == privacy.hub_model("gemma-2-2b") == "google/gemma-2-2b"
     assert privacy.hub_model("gpt2-small") == "gpt2"
     assert privacy.hub_dataset("roneneldan/TinyStories") == "roneneldan/TinyStories"

@@ -17,9 +17,11 @@ from safetensors.torch import load, load_file, save_file
 from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, hub
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.hub.own_files import MAX_BYTES
+from sae_lens_matryoshka.runner import train
 from tests.conftest import random_matryoshka_sae
 from tests.hub.conftest import png, save_trained_sae
 from tests.hub.local_hub import LocalHub
+from tests.tiny_runs import tiny_multi_run, tiny_run
 
 ID = "blocks.2.hook_resid_post"
 FILES = ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "runner_cfg.json")
@@ -457,3 +459,29 @@ def test_metrics_that_paths_alone_tell_apart_are_not_mixed_up(saved_sae: Path, t
     (tmp_path / "results.csv").write_text("metric,value\n/home/alice/a/loss,1\n/home/alice/b/loss,2\n")
     with pytest.raises(UserError, match=r"two metrics in .* are called the same"):
         hub.push_to_hub(saved_sae, "owner/saes", results=tmp_path, dry_run=True)
+
+
+@pytest.mark.parametrize("make_run", [tiny_run, tiny_multi_run])
+def test_paths_that_a_run_was_trained_from_are_not_published_wherever_it_is_pushed_from(
+    local_hub: LocalHub, tinystories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_run
+):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "models" / "acme-internal-7b").symlink_to(tinystories / "model")
+    (tmp_path / "data" / "private_client").symlink_to(tinystories / "data")
+    monkeypatch.chdir(tmp_path)
+    names = {"model_name": "models/acme-internal-7b", "dataset_path": "data/private_client"}
+    run = make_run(tinystories, None, training_tokens=10 * 128, n_checkpoints=0, **names)
+    train(run, output="out", calibration_samples=200, measure_samples=200)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    push = hub.push_to_hub(tmp_path / "out", "owner/saes")
+    sent = b"\n".join([*local_hub.received, *_files(local_hub).values()])
+    assert b"acme-internal-7b" in sent
+    assert b"models/acme" not in sent
+    assert b"data/private" not in sent
+    assert "base_model" not in push.card
+    assert "datasets" not in push.card
+    assert not any(replacement.guessed for replacement in push.replacements)
+    published = SAE.from_pretrained("owner/saes", push.sae_ids[0]).cfg.metadata
+    assert published.local_paths == ["model_name", "dataset_path"]

@@ -62,6 +62,12 @@ def _keep(n_bytes: int) -> Callable[[Path], Any]:
     return lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:n_bytes])
 
 
+def _declare_terabytes(folder: Path) -> None:
+    """A config that asks for more than the file has, and no matrix whose shape says so."""
+    _change_cfg(d_sae=2**40)(folder)
+    _change_weights(lambda weights: [weights.pop(name) for name in list(weights) if name != "b_dec"])(folder)
+
+
 DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (_keep(0), "is truncated or damaged"),
     (_keep(5), "is truncated or damaged"),
@@ -75,6 +81,7 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (_write("cfg.json", b"[1]"), "cfg.json holds list"),
     (_change_cfg(d_in=7), r"W_dec has shape \[20, 6\], but d_in=7 and d_sae=20"),
     (_change_cfg(d_sae=10), r"W_dec has shape \[20, 6\], but d_in=6 and d_sae=10"),
+    (_declare_terabytes, "holds 6 values, fewer than d_in=6 and d_sae=1099511627776 ask for"),
     (_change_cfg(d_sae=None), "d_sae=None must be a positive whole number"),
     (_change_cfg(d_in=-6), "d_in=-6 must be"),
     (_change_cfg(d_in="6"), "d_in='6' must be"),

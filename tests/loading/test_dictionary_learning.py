@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
@@ -135,4 +136,41 @@ def test_a_truncated_checkpoint_is_one_sentence(tmp_path: Path, n_bytes: int):
     torch.save(fake_checkpoint(), tmp_path / "ae.pt")
     (tmp_path / "ae.pt").write_bytes((tmp_path / "ae.pt").read_bytes()[:n_bytes])
     with pytest.raises(UserError, match=r"truncated or damaged|no checkpoint"):
+        hub.load(tmp_path)
+
+
+class _Large:
+    def __reduce__(self) -> tuple[type[bytearray], tuple[int]]:
+        return (bytearray, (2**40,))
+
+
+def _packed(folder: Path) -> None:
+    torch.save({**fake_checkpoint(), "zeros": torch.zeros(10_000_000)}, folder / "whole.pt")
+    with ZipFile(folder / "whole.pt") as whole, ZipFile(folder / "ae.pt", "w", ZIP_DEFLATED) as packed:
+        for entry in whole.infolist():
+            packed.writestr(entry, whole.read(entry), ZIP_DEFLATED)
+    assert (folder / "ae.pt").stat().st_size < 100_000
+
+
+def _saved(changes: dict[str, Any], **options: Any) -> Callable[[Path], None]:
+    return lambda folder: torch.save({**fake_checkpoint(), **changes}, folder / "ae.pt", **options)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        # one value on disk
+        (_saved({"W_enc": torch.zeros(1).expand(2**20, 2**20)}), "W_enc declares 1,099,511,627,776 values, more than"),
+        (_packed, "is truncated or damaged .it is packed"),
+        (_saved({"k": _Large()}), "holds more than tensors"),
+        (_saved({}, _use_new_zipfile_serialization=False), "holds more than tensors, or is no checkpoint"),
+        (_saved({"W_enc": torch.zeros(2, 2).to_sparse()}), "holds more than tensors"),
+        (_saved({"W_enc": torch.zeros(2, device="meta")}), "holds more than tensors"),
+    ],
+)
+def test_a_file_that_declares_more_than_it_holds_is_refused(
+    tmp_path: Path, write: Callable[[Path], None], message: str
+):
+    write(tmp_path)
+    with pytest.raises(UserError, match=message):
         hub.load(tmp_path)
