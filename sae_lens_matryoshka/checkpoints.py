@@ -70,10 +70,10 @@ def find_checkpoint(cfg: RunnerConfig, resume: str | Path) -> str | None:
     return None if checkpoint is None else str(checkpoint)
 
 
-def is_finished(output: Path, cfg: RunnerConfig, calibration_samples: int) -> bool:
-    """Whether an output folder holds what a run would write there: all its SAEs, made with the same settings.
+def why_not_finished(output: Path, cfg: RunnerConfig, calibration_samples: int) -> str | None:
+    """Why an output folder does not hold what a run would write there, in a few words; None if it does.
 
-    How many samples the levels were measured on is not compared.
+    That is all its SAEs, made with the same settings. How many samples the levels were measured on is not compared.
 
     Args:
         output: The output folder.
@@ -84,11 +84,14 @@ def is_finished(output: Path, cfg: RunnerConfig, calibration_samples: int) -> bo
         made = load_json((output / RUNNER_CFG_FILENAME).read_text(encoding="utf-8"))
         saved_cfgs = [check_saved_sae(folder) for folder in sae_folders(output, cfg).values()]
     except (OSError, ValueError):
-        return False
-    if _different_fields(made, cfg) or made.get("training_tokens") != cfg.training_tokens:
-        return False
+        return "it does not hold the SAEs of this run"
+    different = _different_fields(made, cfg)
+    if made.get("training_tokens") != cfg.training_tokens:
+        different.append("training_tokens")
     calibrated_on = [(saved.get("metadata") or {}).get("calibration_samples") for saved in saved_cfgs]
-    return all(n_samples in (None, calibration_samples) for n_samples in calibrated_on)
+    if any(n_samples not in (None, calibration_samples) for n_samples in calibrated_on):
+        different.append("--calibration-samples")
+    return f"it was made with other settings of {_listed(different)}" if different else None
 
 
 def sae_folders(output: Path, cfg: RunnerConfig) -> dict[str, Path]:

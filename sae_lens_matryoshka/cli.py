@@ -108,7 +108,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "(on CPU) to an uninterrupted one; otherwise they are SAELens's (default: yes)",
     )  # fmt: skip
     train.add_argument(
-        "--max-buffer-gb", type=_gigabytes, default=2.0, metavar="GB",
+        "--max-buffer-gb", type=_finite, default=2.0, metavar="GB",
         help="largest activation buffer to put into checkpoints; a larger one is filled anew on resuming (default: 2)",
     )  # fmt: skip
     train.add_argument(
@@ -199,7 +199,7 @@ def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument(
         "--cache", metavar="DIR", help="keep shared activations and probes there (default: in memory)"
     )
-    evaluate.add_argument("--cache-size", type=_gigabytes, default=50, metavar="GB", help="its bound (default: 50)")
+    evaluate.add_argument("--cache-size", type=_finite, default=50, metavar="GB", help="its bound (default: 50)")
     evaluate.add_argument("--device", default="cpu", help="auto takes CUDA where there is one (default: cpu)")
     evaluate.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default: float32"
@@ -344,7 +344,7 @@ def _push(options: argparse.Namespace) -> None:
         console.print(f"{push.repo_id} holds all of this already; nothing was changed.")
 
 
-def _gigabytes(text: str) -> float:
+def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(text)

@@ -174,11 +174,9 @@ def _build(config_class: type, run: Mapping[str, Any]) -> Any:
     if "logger" in values:
         values["logger"] = _build_plain(LoggingConfig, values["logger"], "logger", "logger.{}".format)
     _resolve_devices(values)
+    _check_numbers(values, config_class)
     with _config_errors(config_class.__name__):
-        config = config_class(**values)
-    if config_class is not LoggingConfig:
-        _check_numbers(config)
-    return config
+        return config_class(**values)
 
 
 def _build_sae(fields: SAEFields, field: str) -> TrainingSAEConfig:
@@ -333,24 +331,30 @@ def _check_trusted(value: Any, field: str = "") -> None:
         )
 
 
-def _check_numbers(config: Any) -> None:
+def _check_numbers(given: Mapping[str, Any], config_class: type) -> None:
     """Refuse numbers with which nothing would be trained, or not what was meant."""
-    n_samples, batch_size = ("training_samples", "batch_size") if hasattr(config, "training_samples") else (
-        "training_tokens", "train_batch_size_tokens"
-    )  # fmt: skip
-    for field, value in vars(config).items():
-        least = 0 if field in ("lr_warm_up_steps", "lr_decay_steps", "n_checkpoints", "seed", "eval_frequency") else 1
-        if field in _COUNTS and isinstance(value, int) and value < least:
-            raise ConfigError(f"{field}={value!r} must be at least {least}.")
-    if getattr(config, n_samples) < getattr(config, batch_size):
-        raise ConfigError(
-            f"{n_samples}={getattr(config, n_samples)} is less than one step of {batch_size}="
-            f"{getattr(config, batch_size)}: nothing would be trained; raise the one or lower the other."
-        )
-    for field in ("lr", "lr_end"):
-        value = getattr(config, field, None)
-        if value is not None and not (math.isfinite(value) and value >= 0 and (value > 0 or field == "lr_end")):
-            raise ConfigError(f"{field}={value!r} must be a positive number, such as 3e-4.")
+    values: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(config_class)} | dict(given)
+    for field in _COUNTS & values.keys():
+        least = 0 if field in ("lr_warm_up_steps", "lr_decay_steps", "n_checkpoints", "seed") else 1
+        if isinstance(values[field], int) and values[field] < least:
+            raise ConfigError(f"{field}={values[field]!r} must be at least {least}.")
+    for n_samples, batch_size in (
+        ("training_tokens", "train_batch_size_tokens"), ("training_samples", "batch_size")
+    ):  # fmt: skip
+        if n_samples in values and values[n_samples] < values[batch_size]:
+            raise ConfigError(
+                f"{n_samples}={values[n_samples]} is less than one step of {batch_size}={values[batch_size]}: nothing "
+                f"would be trained; raise the one or lower the other."
+            )
+    for field, allowed, example in (
+        ("lr", lambda value: value > 0, "above 0, such as 3e-4"),
+        ("lr_end", lambda value: value >= 0, "0 or above"),
+        ("adam_beta1", lambda value: 0 <= value < 1, "from 0 to below 1, such as 0.9"),
+        ("adam_beta2", lambda value: 0 <= value < 1, "from 0 to below 1, such as 0.999"),
+    ):
+        value = values.get(field)
+        if value is not None and not (math.isfinite(value) and allowed(value)):
+            raise ConfigError(f"{field}={value!r} must be {example}.")
 
 
 _COUNTS = frozenset((

@@ -65,12 +65,27 @@ def staged_folder(output: Path, force: bool = False) -> Iterator[Path]:
         lock.release()  # the file stays: removed, two later runs could both hold a lock of that name
 
 
-def check_output(output: Path, force: bool) -> None:
+def check_apart(output: Path, checkpoint_path: Path) -> None:
+    """Refuse checkpoints inside the output, which appears as a whole.
+
+    Raises:
+        UserError: If they would lie there.
+    """
+    first, second = output.resolve(), checkpoint_path.resolve()
+    if first == second or first in second.parents:
+        raise UserError(
+            f"checkpoint_path={str(checkpoint_path)!r} lies in the output {output}, which appears when all is trained; "
+            f"name a folder beside it, such as {output.parent / 'checkpoints'}."
+        )
+
+
+def check_output(output: Path, force: bool, why: str | None = None) -> None:
     """Refuse an output folder that must not be written.
 
     Args:
         output: The folder to write.
         force: Whether an earlier run's output may be replaced.
+        why: Why what is there is not what the run would write, in a few words.
 
     Raises:
         FileExistsError: If ``output`` is a file, a folder that other things live in, or not empty; with ``force`` if it
@@ -89,7 +104,8 @@ def check_output(output: Path, force: bool) -> None:
         return
     if not force:
         raise FileExistsError(
-            f"The output folder {output} is not empty; choose another with --output or replace it with --force."
+            f"The output folder {output} is not empty{f', and {why}' if why else ''}; choose another with --output or "
+            f"replace it with --force."
         )
     files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
     marks = (MARKER_FILENAME, MANIFEST_FILENAME)

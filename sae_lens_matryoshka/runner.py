@@ -30,10 +30,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_matryoshka.checkpoints import find_checkpoint, is_finished, sae_folders
+from sae_lens_matryoshka.checkpoints import find_checkpoint, sae_folders, why_not_finished
 from sae_lens_matryoshka.config_files import build_runner_configs
 from sae_lens_matryoshka.errors import ConfigError, UserError
-from sae_lens_matryoshka.output_folders import check_output, record_files, staged_folder
+from sae_lens_matryoshka.output_folders import check_apart, check_output, record_files, staged_folder
 from sae_lens_matryoshka.synthetic_runs import train_on_synthetic_model, write_scores
 from sae_lens_matryoshka.trained_from import record_local_paths
 from sae_lens_matryoshka.trained_saes import (
@@ -111,16 +111,19 @@ def train(
         FileExistsError: If the output folder is not empty and ``force`` is not set.
     """
     configs = build_runner_configs(run, trust_remote_code)
+    other: str | None = None
     resume = run.get("resume_from_checkpoint") if resume is None else resume
     check_samples(configs, calibration_samples, measure_samples)
     samples = Samples(*(DEFAULT_SAMPLES if n is None else n for n in (calibration_samples, measure_samples)))
     output_path = _output_path(run, output)
+    if run.get("checkpoint_path") is not None:
+        check_apart(output_path, Path(run["checkpoint_path"]))
     if isinstance(configs, dict):
         check_synthetic_options(run, resume, checkpointing)
         with staged_folder(output_path, force) as staging:
             saved = train_on_synthetic_model(configs, staging)
             _record_output_path(staging, output_path)
-    elif resume == "auto" and not force and is_finished(output_path, configs, samples.calibration):
+    elif resume == "auto" and not force and not (other := why_not_finished(output_path, configs, samples.calibration)):
         folders = sae_folders(output_path, configs)
         if all(is_complete(folder) for folder in folders.values()):
             saes = [read_finished(name, folder) for name, folder in folders.items()]
@@ -128,7 +131,7 @@ def train(
         logger.info(f"The SAEs in {output_path} are trained, and are now calibrated and measured.")
         saved = _runner(configs, checkpointing).saved()
     else:
-        check_output(output_path, force)
+        check_output(output_path, force, other if resume == "auto" else None)
         configs.resume_from_checkpoint = None if resume is None else find_checkpoint(configs, resume)
         start = _starting_point(configs)
         with (
@@ -151,7 +154,8 @@ def train(
 def _output_path(run: Mapping[str, Any], output: str | Path | None) -> Path:
     if output is None and not run.get("output_path", "output"):
         raise ConfigError(f"output_path={run['output_path']!r}: train writes what it has trained; name a folder.")
-    return Path(output if output is not None else run.get("output_path", "output"))
+    path = Path(output if output is not None else run.get("output_path", "output"))
+    return path.resolve() if ".." in path.parts else path  # a folder on the way there need not exist
 
 
 def _starting_point(cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig") -> StartingPoint | None:

@@ -12,7 +12,7 @@ from sae_lens import PretokenizeRunner, PretokenizeRunnerConfig
 from sae_lens_matryoshka import runner as runner_module
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.runner import train
-from tests.tiny_runs import assert_equal_weights, tiny_multi_run, tiny_run, trained_weights
+from tests.tiny_runs import assert_equal_weights, tiny_multi_run, tiny_run, trained_weights, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,12 @@ def test_parquet_files_of_longer_rows_train_as_if_cut(tinystories: Path, tmp_pat
     for streaming in (False, True):
         long_run = {**run, "dataset_path": str(tmp_path / "long"), "streaming": streaming}
         assert_equal_weights(trained_weights(long_run, tmp_path / f"ours {streaming}"), expected)
+
+
+def test_what_tokens_were_made_with_is_not_a_file_of_tokens(tinystories: Path, tmp_path: Path):
+    write_jsonl(tmp_path / "tokens" / "a.jsonl", [{"tokens": [1] + 70 * [5]}] * 20)
+    (tmp_path / "tokens" / "sae_lens.json").write_text(json.dumps({"begin_batch_token": "bos", "context_size": 71}))
+    assert trained_weights(tiny_run(tinystories, None, dataset_path=str(tmp_path / "tokens")), tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,10 @@ def run_command(options: argparse.Namespace) -> None:
         UserError: If an argument cannot be used, or, when all else is done, if an evaluation could not be run.
     """
     device = resolve_device(options.device, "--device")
+    if os.path.exists(options.output) and not os.path.isdir(options.output):
+        raise UserError(f"--output {options.output} is a file; name a folder.")
+    if options.cache_size < 0:
+        raise UserError(f"--cache-size {options.cache_size:g} must be 0 or above.")
     data = [_read_data(text) for text in options.data]
     names = [name.strip() for name in options.evals.split(",")]
     evaluations = build_evaluations(names, options.set, data, options.text)

@@ -56,6 +56,10 @@ class Core(Evaluation[CoreEvalConfig]):
     def __init__(self, config: CoreEvalConfig | None = None, follow_training: bool = True) -> None:
         config = config or CoreEvalConfig()
         everything = {field.name: True for field in dataclasses.fields(config) if field.name.startswith("compute_")}
+        for field in ("batch_size_prompts", "context_size", "n_eval_reconstruction_batches",
+                      "n_eval_sparsity_variance_batches"):  # fmt: skip
+            if getattr(config, field) < 1:
+                raise UserError(f"core.{field}={getattr(config, field)} must be at least 1.")
         super().__init__(dataclasses.replace(config, **everything))
         self.follow_training = follow_training
 

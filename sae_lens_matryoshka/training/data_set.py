@@ -6,6 +6,7 @@ column to train on is read, every value is looked at, and SAELens is given the d
 """
 
 import glob
+import os
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from itertools import islice
@@ -22,7 +23,7 @@ from datasets.exceptions import DatasetGenerationError
 from sae_lens_matryoshka.config_files import ConfigError
 from sae_lens_matryoshka.data_files import READERS, check_text, read_rows, shown
 from sae_lens_matryoshka.errors import UserError
-from sae_lens_matryoshka.training.token_data import RunConfig, check_pretokenization
+from sae_lens_matryoshka.training.token_data import PRETOKENIZATION_FILENAME, RunConfig, check_pretokenization
 
 pc: Any = pyarrow.compute  # it makes its functions when it is imported, unseen by type checkers
 
@@ -68,7 +69,8 @@ def open_data_set(cfg: RunConfig) -> Dataset | IterableDataset | None:
         for _ in islice(dataset, CHECKED_ROWS):
             pass
         return dataset
-    arguments["written"] = tuple(Path(file).stat().st_mtime_ns for file in files)
+    # a copy under the same name may bring its old time of writing along, as tar and rsync do
+    arguments["versions"] = tuple((s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in map(os.stat, files))
     try:
         dataset = Dataset.from_generator(_rows, _features(column, cfg.use_chat_formatting), gen_kwargs=arguments)
     except DatasetGenerationError as error:
@@ -133,7 +135,7 @@ def _files(path: Path) -> list[str] | None:
         raise ConfigError(
             f"dataset_path={str(path)!r} has no split 'train' to train on, only {', '.join(map(str, data_files))}."
         )
-    files = [str(file) for file in data_files["train"]]
+    files = [str(file) for file in data_files["train"] if Path(file).name != PRETOKENIZATION_FILENAME]
     return files if all(Path(file).suffix in READERS and Path(file).is_file() for file in files) else None
 
 
@@ -179,11 +181,11 @@ def _features(column: str, use_chat_formatting: bool) -> Features | None:
 
 
 def _rows(
-    files: list[str], column: str, check: Callable[[Any, str], None], written: tuple[int, ...] = ()
+    files: list[str], column: str, check: Callable[[Any, str], None], versions: tuple[tuple[int, ...], ...] = ()
 ) -> Iterator[dict[str, Any]]:
     """The rows of files, with one column; a list of files is what ``datasets`` shuffles and counts its position in.
 
-    When the files were written is for the cache of ``datasets``, which takes equal arguments for equal rows.
+    The files' times and sizes are for the cache of ``datasets``, which takes equal arguments for equal rows.
     """
     for file in files:
         for number, row in read_rows(file, [column]):
