@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.hub.local_paths import is_path, last_part
 from sae_lens_matryoshka.hub.privacy import PrivacyFilter, Replacement
+from sae_lens_matryoshka.hub.secret_text import without_login
 
 
 def _clean(value: Any, field: str = "cfg.json: ") -> tuple[Any, list[Replacement]]:
@@ -60,7 +61,9 @@ def _clean(value: Any, field: str = "cfg.json: ") -> tuple[Any, list[Replacement
 def test_a_path_is_replaced_by_its_last_part(value: str, published: str):
     cleaned, replacements = _clean({"metadata": {"model_name": value}})
     assert cleaned == {"metadata": {"model_name": published}}
-    assert replacements == [Replacement("cfg.json: metadata.model_name", value, published)]
+    (replacement,) = replacements
+    assert (replacement.field, replacement.published) == ("cfg.json: metadata.model_name", published)
+    assert replacement.value in (value, f"{without_login(value)} (with a login)")
 
 
 @pytest.mark.parametrize(
