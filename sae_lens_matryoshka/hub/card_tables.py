@@ -94,6 +94,7 @@ def _escaped_pipe(match: re.Match[str]) -> str:
 
 
 _LONG_TABLE = 40
+_LONG_TEXT = 300
 _PLAIN = r"(?:[\w(-][\w .,:;+%()/=-]*)?"
 _RUN_FIELDS = (
     "training_tokens",
@@ -131,4 +132,6 @@ def _number(text: str, form: str) -> str:
 
 
 def _text(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000 else str(value)
+    is_large = isinstance(value, int) and not isinstance(value, bool) and value >= 10_000
+    text = f"{value:,}" if is_large else str(value)
+    return text if len(text) <= _LONG_TEXT else f"{text[:_LONG_TEXT]}..."

@@ -85,7 +85,8 @@ def _load(
     if is_here and (revision is not None or force_download):
         raise UserError(f"{source} is here, not on the Hub: leave out revision and force_download.")
     if is_here or sae_id is None:
-        return _load_from_disk(path, device, dtype)
+        hint = "; for a Hub repository or release give its id too" if sae_id is None else ", nor is it asked of the Hub"
+        return _load_from_disk(path, device, dtype, hint)
     loader = published_sae_loader(str(source))
     if revision is not None:
         if loader is None:
@@ -96,7 +97,7 @@ def _load(
     return load_published_sae(str(source), sae_id, device, dtype or "float32", force_download, loader)[0]
 
 
-def _load_from_disk(path: Path, device: str, dtype: str | None) -> SAE[Any]:
+def _load_from_disk(path: Path, device: str, dtype: str | None, hint: str) -> SAE[Any]:
     if (path / SAE_CFG_FILENAME).is_file():
         return load_saved_sae(path, device, dtype)
     if path.is_file() or (path / WEIGHTS_FILENAME).is_file():
@@ -107,6 +108,4 @@ def _load_from_disk(path: Path, device: str, dtype: str | None) -> SAE[Any]:
         raise UserError(f"{path} holds several SAEs; say which one by its id: {ids}.")
     if ids:
         raise UserError(f"There is no saved SAE at {path}; {existing} holds {ids}.")
-    raise UserError(
-        f"There is no saved SAE at {path} (no {SAE_CFG_FILENAME}); for a Hub repository or release give its id too."
-    )
+    raise UserError(f"There is no saved SAE at {path} (no {SAE_CFG_FILENAME}){hint}.")

@@ -40,7 +40,7 @@ def check_own_file(path: Path, folder: Path, max_bytes: int | None = MAX_BYTES) 
 
 
 def read_png(path: Path) -> bytes:
-    """A figure, without texts and times that a program has written into it, and without what follows its end.
+    """A figure, without what else a program has written into it, and without what follows its end.
 
     Raises:
         UserError: If it is not a whole PNG file.
@@ -50,7 +50,7 @@ def read_png(path: Path) -> bytes:
         chunks = list(_png_chunks(content))
     except (ValueError, struct.error) as error:
         raise UserError(f"{path} is not a PNG file ({error}); remove it, or give it another ending.") from error
-    return _PNG_SIGNATURE + b"".join(chunk for kind, chunk in chunks if kind not in _PNG_TEXTS)
+    return _PNG_SIGNATURE + b"".join(chunk for kind, chunk in chunks if kind in _PNG_PICTURE)
 
 
 def read_sparsity(path: Path, d_sae: int) -> bytes:
@@ -86,7 +86,8 @@ def weights_alone(path: Path, scratch: Path) -> Path:
 
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"tIME")
+_PNG_PICTURE = b"IHDR PLTE IDAT IEND tRNS cHRM gAMA iCCP sBIT sRGB bKGD hIST pHYs acTL fcTL fdAT".split()
+"""What a PNG file shows; all else in it is text, time or a program's own."""
 
 
 def _png_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:

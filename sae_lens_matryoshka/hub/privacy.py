@@ -57,7 +57,8 @@ class PrivacyFilter:
         self._local: set[str] = set()
         if isinstance(recorded, list):
             self._local = {name for field, name in sources.items() if field in recorded}
-            self._on_hub |= set(sources.values()) - self._local
+            named = {name for field, name in sources.items() if _NAME_FIELD.fullmatch(field.rpartition(".")[2])}
+            self._on_hub |= named - self._local
         for name in self._local & set(hub_names):
             raise UserError(f"{name!r} was a path when this SAE was trained, not a name on the Hub.")
         self.seen: set[str] = set()

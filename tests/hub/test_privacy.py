@@ -129,6 +129,13 @@ def test_what_training_has_recorded_says_whether_a_name_is_a_path(
         assert on_hub[other](metadata[other]) == "someone/other"
 
 
+def test_what_training_has_recorded_is_about_names_not_about_folders():
+    metadata = {"model_name": "a/b", "model_from_pretrained_kwargs": {"cache_dir": "alice/c", "tokenizer": "a/c"}}
+    privacy = PrivacyFilter({**metadata, "local_paths": []})
+    kwargs = {"cache_dir": "c", "tokenizer": "a/c"}
+    assert privacy.contents(metadata, "") == {"model_name": "a/b", "model_from_pretrained_kwargs": kwargs}
+
+
 def test_without_a_record_only_known_names_are_taken_for_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     metadata = {"model_name": "google/gemma-2-2b", "dataset_path": "someone/text", "kwargs": {"tokenizer": "a/b"}}
