@@ -188,3 +188,25 @@ def test_a_calibrated_threshold_is_what_is_saved(tinystories: Path, tmp_path: Pa
     assert saved.threshold.equal(caught[0].threshold)  # type: ignore[arg-type]
     assert saved.cfg.metadata.calibration_samples == 300
     assert not [name for name in os.listdir(output) if name.startswith(".")]
+
+
+def test_checkpoints_inside_the_output_are_refused_before_training(tinystories: Path, tmp_path: Path):
+    for inside in ("", "checkpoints"):
+        run = tiny_run(tinystories, tmp_path / "out" / inside, model_name="nobody/nothing")
+        with pytest.raises(UserError, match=r"checkpoint_path=.* lies in the output .*; name a folder beside it"):
+            train(run, output=tmp_path / "out", **SAMPLES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_through_a_folder_that_is_not_there(tinystories: Path, tmp_path: Path):
+    run = tiny_run(tinystories, None, training_tokens=12 * 128)
+    result = train(run, output=tmp_path / "nowhere" / ".." / "out", **SAMPLES)
+    assert (tmp_path / "out" / "levels.csv").is_file()
+    assert result.saes[0].levels
+
+
+def test_resume_auto_says_what_differs_from_what_is_there(tinystories: Path, tmp_path: Path):
+    run = tiny_run(tinystories, None, training_tokens=12 * 128)
+    train(run, output=tmp_path / "out", **SAMPLES)
+    with pytest.raises(FileExistsError, match="is not empty, and it was made with other settings of lr, lr_end; choose"):
+        train({**run, "lr": 2e-3}, output=tmp_path / "out", resume="auto", **SAMPLES)
