@@ -1,5 +1,7 @@
-"""Files from somebody else are bounded before anything is made of what they hold."""
+"""Files from somebody else: what they hold is bounded, and looked at, before anything is made of it."""
 
+import json
+import re
 from typing import Any
 
 import yaml
@@ -23,13 +25,22 @@ def load_yaml(text: str, loader_class: type[yaml.SafeLoader] = yaml.SafeLoader) 
         node = loader.get_single_node()
         check_bounded(node)  # before anything is made of it: merging keys unfolds too
         return None if node is None else loader.construct_document(node)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # PyYAML's for impossible dates
+    except (ValueError, RecursionError) as error:  # as of PyYAML for a date that there cannot be
         raise yaml.YAMLError(str(error)) from error
     finally:
         loader.dispose()
+
+
+def load_json(text: str) -> Any:
+    """The contents of a JSON text; deep nesting is a ValueError as other bad JSON is.
+
+    Raises:
+        ValueError: If it is not valid JSON, or nested too deeply for Python.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def check_bounded(contents: Any) -> None:
@@ -57,3 +68,17 @@ def check_bounded(contents: Any) -> None:
         return sizes[id(value)]
 
     size(contents, 0)
+
+
+def is_whole_number(text: str) -> bool:
+    """Whether a text is a whole number, in digits that ``int`` takes too: ``"²".isdigit()`` is true."""
+    return re.fullmatch(r"[0-9]{1,18}", text) is not None
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number, or says that there is none."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return len(text) <= 40

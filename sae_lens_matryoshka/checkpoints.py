@@ -22,6 +22,7 @@ from sae_lens.constants import (
 )
 from safetensors import SafetensorError, safe_open
 
+from sae_lens_matryoshka.bounded import load_json
 from sae_lens_matryoshka.errors import ConfigError
 from sae_lens_matryoshka.loading.checks import check_saved_sae
 from sae_lens_matryoshka.training.manifest import MANIFEST_FILENAME, find_damage
@@ -80,7 +81,7 @@ def why_not_finished(output: Path, cfg: RunnerConfig, calibration_samples: int) 
         calibration_samples: How many samples thresholds would be calibrated on.
     """
     try:
-        made = json.loads((output / RUNNER_CFG_FILENAME).read_text(encoding="utf-8"))
+        made = load_json((output / RUNNER_CFG_FILENAME).read_text(encoding="utf-8"))
         saved_cfgs = [check_saved_sae(folder) for folder in sae_folders(output, cfg).values()]
     except (OSError, ValueError):
         return "it does not hold the SAEs of this run"
@@ -162,7 +163,7 @@ def _sae_folders(checkpoint: Path) -> list[str]:
 def _is_readable(path: Path) -> bool:
     try:
         if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
+            load_json(path.read_text(encoding="utf-8"))
         elif path.suffix == ".safetensors":
             with safe_open(path, "pt"):
                 pass
@@ -174,7 +175,7 @@ def _is_readable(path: Path) -> bool:
 
 
 def _made_with(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / RUNNER_CFG_FILENAME).read_text(encoding="utf-8"))
+    return load_json((checkpoint / RUNNER_CFG_FILENAME).read_text(encoding="utf-8"))
 
 
 def _different_fields(made: Mapping[str, Any], cfg: RunnerConfig) -> list[str]:

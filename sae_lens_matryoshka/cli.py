@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(printable(f"error: {' '.join(str(error).split())}"), file=sys.stderr)
         return 1
     except Exception:
-        traceback.print_exc()
+        print(printable(traceback.format_exc()), file=sys.stderr)
         print(f"error: {REPORT_BUG}", file=sys.stderr)
         return 1
     return 0

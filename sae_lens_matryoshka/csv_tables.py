@@ -51,19 +51,5 @@ def read_csv(path: Path, needed: Collection[str] = ()) -> list[dict[str, str]]:
     return rows
 
 
-def is_whole_number(text: str) -> bool:
-    """Whether a text is a whole number, in digits that ``int`` takes too: ``"²".isdigit()`` is true."""
-    return re.fullmatch(r"[0-9]{1,18}", text) is not None
-
-
-def is_number(text: str) -> bool:
-    """Whether a text is a number, or says that there is none."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return len(text) <= 40
-
-
 def _unquoted(cell: str) -> str:
     return cell[1:] if re.match(f"'[{re.escape(_FORMULA)}']", cell) else cell

@@ -5,7 +5,6 @@ different columns do not go together. What SAEs are trained and evaluated on is 
 """
 
 import csv
-import json
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import pyarrow as pa
 from datasets import Dataset
 from pyarrow.parquet import ParquetFile
 
+from sae_lens_matryoshka.bounded import load_json
 from sae_lens_matryoshka.errors import UserError
 
 Rows = Iterator[tuple[int, dict[str, Any]]]
@@ -77,7 +77,7 @@ def _json_rows(path: Path, columns: Collection[str] | None) -> Rows:
         is_list = next((line for line in file if line.strip()), "").lstrip().startswith("[")
         file.seek(0)
         if is_list:
-            rows = enumerate(json.load(file), 1)
+            rows = enumerate(load_json(file.read()), 1)
         else:
             rows = ((number, _parse(line, number, path)) for number, line in enumerate(file, 1) if line.strip())
         for number, row in rows:
@@ -88,7 +88,7 @@ def _json_rows(path: Path, columns: Collection[str] | None) -> Rows:
 
 def _parse(line: str, number: int, path: Path) -> Any:
     try:
-        return json.loads(line)
+        return load_json(line)
     except ValueError as error:
         raise UserError(f"Row {number} of {path} is not JSON: {error}.") from error
 

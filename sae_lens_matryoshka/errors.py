@@ -9,6 +9,8 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         if len(message) > MAX_MESSAGE:
+            message = " ".join(w if len(w) < 300 else f"{w[:200]}...{w[-50:]}" for w in message.split(" "))
+        if len(message) > MAX_MESSAGE:
             message = f"{message[: MAX_MESSAGE * 3 // 4]} ... {message[-MAX_MESSAGE // 4 :]}"
         super().__init__(message)
 

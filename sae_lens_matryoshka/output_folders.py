@@ -17,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 
+from sae_lens_matryoshka.bounded import load_json
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.training.manifest import MANIFEST_FILENAME
 
@@ -141,7 +142,7 @@ def record_files(output: Path) -> None:
 
 def _recorded_files(output: Path) -> set[str] | None:
     try:
-        return set(json.loads((output / MARKER_FILENAME).read_text(encoding="utf-8"))["files"])
+        return set(load_json((output / MARKER_FILENAME).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -131,7 +131,7 @@ def _split(key: str, names: list[str]) -> tuple[str, str]:
 def _list_index(part: str, names: list[str], n_entries: int, request: str) -> int:
     if part in names:
         return names.index(part)
-    if not part.isdecimal() or int(part) >= n_entries:
+    if not bounded.is_whole_number(part) or int(part) >= n_entries:
         or_name = f" or a name ({', '.join(names)})" if names else ""
         raise ConfigError(f"{request} needs an index from 0 to {n_entries - 1}{or_name} in place of {part!r}.")
     return int(part)

@@ -42,10 +42,24 @@ def test_a_run_file_that_unfolds_is_refused_at_once(tmp_path: Path, text: str, r
         read_run_file(tmp_path / "run.yaml")
     assert time.process_time() - started < 2
     assert len(str(error.value)) < 500
+    assert "\n" not in str(error.value)
     value = text.partition(" ")[2].replace("\n", " ")
     if text not in (BOMB, MERGED):  # of several lines
         with pytest.raises(ConfigError, match="is not valid YAML"):
             read_run_file("synthetic", [f"lr={value}"])
+
+
+@pytest.mark.parametrize("index", ["²", "9" * 400, "9" * 5000, "-1", "٣"])
+def test_what_only_looks_like_a_number_is_one_sentence(index: str):
+    with pytest.raises(ConfigError, match=r"^The setting .* needs an index from 0 to 1 or a name .* in place of"):
+        read_run_file("synthetic", [f"saes.{index}.k=3"])
+
+
+@pytest.mark.parametrize("option", ["--max-buffer-gb=nan", "--max-buffer-gb=inf", "--max-buffer-gb=²"])
+def test_sizes_are_finite_numbers(option: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["train", option])
+    assert "argument --max-buffer-gb: invalid" in capsys.readouterr().err
 
 
 def test_json_that_is_nested_too_deeply_is_refused(tmp_path: Path):

@@ -104,10 +104,10 @@ def hook_of(sae: SAE[Any], override: str | None = None) -> Hook:
         raise UserError(
             "The SAE does not record its hook; name it with hook_name, for instance blocks.2.hook_resid_post."
         )
-    block = re.fullmatch(r"(?:\w+\.)*(?:layers|h|blocks)\.(\d+)", name)
+    block = re.fullmatch(r"(?:\w+\.)*(?:layers|h|blocks)\.([0-9]{1,6})", name)
     if block:
         name = f"blocks.{block[1]}.hook_resid_post"
-    layer = re.match(r"blocks\.(\d+)\.", name)
+    layer = re.match(r"blocks\.([0-9]{1,6})\.", name)
     if layer is None:
         raise UserError(f"hook_name={name!r} is not a hook of a block; name one as blocks.2.hook_resid_post.")
     return Hook(name, int(layer[1]))

@@ -32,6 +32,7 @@ from sae_lens_matryoshka.bench.upstream import (
     get_sae_lens_version,
     sae_bench_version,
 )
+from sae_lens_matryoshka.bounded import load_json
 from sae_lens_matryoshka.errors import UserError
 
 Config = TypeVar("Config", bound=BaseEvalConfig)
@@ -198,7 +199,7 @@ class Evaluation(ABC, Generic[Config]):
             UserError: If there is one that was made from something else.
         """
         try:
-            existing = json.loads(path.read_text(encoding="utf-8"))
+            existing = load_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return False
         except (OSError, ValueError) as error:

@@ -1,6 +1,5 @@
 """Reading SAEBench's result files back as one tidy table, and the figure that stands for each evaluation."""
 
-import json
 import re
 import warnings
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from sae_lens_matryoshka.bounded import load_json
 from sae_lens_matryoshka.errors import UserError
 
 COLUMNS = ["sae", "level", "width", "evaluation", "metric", "value", "l0"]
@@ -61,7 +61,7 @@ def load_results(folder: str | Path, on_unreadable: Callable[[str], object] = wa
     for path in paths:
         try:
             rows += _rows(path)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             on_unreadable(f"{path} is passed over: it is not a whole result of SAEBench ({error!r}).")
     if not rows:
         raise UserError(f"There are no readable results in {folder}.")
@@ -107,7 +107,7 @@ def column_label(evaluation: str, metric: str) -> str:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = load_json(path.read_text(encoding="utf-8"))
     level = re.fullmatch(r"level_([0-9]{1,9})", result["sae_lens_id"])
     name, width = result["sae_lens_release_id"], result["sae_cfg_dict"]["d_sae"]
     common = {

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sae_lens_matryoshka.csv_tables import is_whole_number
+from sae_lens_matryoshka.bounded import is_whole_number
 from sae_lens_matryoshka.terminal import printable
 
 

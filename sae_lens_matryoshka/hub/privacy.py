@@ -29,7 +29,7 @@ class Replacement:
     """The file and the field in it, such as ``cfg.json: metadata.model_name``."""
 
     value: str
-    """What stands on disk; a token is not repeated here."""
+    """What stands on disk; tokens and passwords are not repeated here."""
 
     published: str | None
     """What is published instead; None for nothing."""
@@ -86,7 +86,9 @@ class PrivacyFilter:
         self.seen.add(value)
         published = self._published(value, name)
         if published != value:
-            self.replacements.append(Replacement(field, value, published, self._is_guess(value, name)))
+            shown = without_login(value)
+            shown = value if shown == value else f"{shown} (with a login)"
+            self.replacements.append(Replacement(field, shown, published, self._is_guess(value, name)))
         return published
 
     def hub_model(self, model_name: str | None) -> str | None:

@@ -14,7 +14,8 @@ from sae_lens import SAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.synthetic import RUNNER_CONFIG_FILENAME
 
-from sae_lens_matryoshka.csv_tables import is_number, is_whole_number, read_csv
+from sae_lens_matryoshka.bounded import is_number, is_whole_number
+from sae_lens_matryoshka.csv_tables import read_csv
 from sae_lens_matryoshka.data_files import shown
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.hub.own_files import MAX_BYTES, check_own_file

@@ -4,7 +4,6 @@ The cheap part comes first: the config and the header of the weights file say wh
 numbers show, such as NaN, is looked for once they are in memory.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from sae_lens_matryoshka.bounded import check_bounded
+from sae_lens_matryoshka.bounded import check_bounded, load_json
 from sae_lens_matryoshka.errors import UserError
 
 TRAINING_ONLY = frozenset(
@@ -99,9 +98,9 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: If it cannot be read or holds something else.
     """
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
+        contents = load_json(path.read_text(encoding="utf-8"))
         check_bounded(contents)
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8
+    except (OSError, ValueError) as error:  # ValueError: bad JSON, bad UTF-8
         raise UserError(f"{path} cannot be read: {error}.") from error
     if not isinstance(contents, dict):
         raise UserError(f"{path} holds {type(contents).__name__} where the fields of a config should be.")

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sae_lens_matryoshka.bounded import load_json
+
 MANIFEST_FILENAME = "checkpoint.json"
 
 
@@ -30,7 +32,7 @@ def write_manifest(folder: Path) -> int:
 def find_damage(folder: Path) -> str | None:
     """What is wrong with the files of a checkpoint that has a list of them, in a few words; None if nothing is."""
     try:
-        files = json.loads((folder / MANIFEST_FILENAME).read_text(encoding="utf-8"))["files"]
+        files = load_json((folder / MANIFEST_FILENAME).read_text(encoding="utf-8"))["files"]
         for name, expected in files.items():
             path = folder / name
             if not path.is_file():
@@ -47,7 +49,7 @@ def find_damage(folder: Path) -> str | None:
 def has_all_files(folder: Path) -> bool:
     """Whether a checkpoint has its list of files, and all of them in their size; their contents are not read."""
     try:
-        files = json.loads((folder / MANIFEST_FILENAME).read_text(encoding="utf-8"))["files"]
+        files = load_json((folder / MANIFEST_FILENAME).read_text(encoding="utf-8"))["files"]
         return all((folder / name).stat().st_size == expected["bytes"] for name, expected in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

@@ -174,6 +174,14 @@ def test_the_model_that_an_sae_records_is_not_looked_for_on_the_hub_if_it_was_a_
     assert "error: The SAE was trained on 'models/gpt2', a local model that is not here" in capsys.readouterr().err
 
 
+def test_an_sae_that_is_not_in_a_folder_is_not_looked_for_on_the_hub(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)  # matryoshka, a folder here, could be somebody's release there
+    assert main(["evaluate", "matryoshka:wrong_id", *arguments[3:]]) == 1
+    assert "error: There is no saved SAE at matryoshka/wrong_id" in capsys.readouterr().err
+
+
 def test_what_cannot_be_fetched_is_named_and_the_rest_is_done(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -102,8 +102,9 @@ def test_hooks_are_found_in_transformer_lens_names(recorded: str, expected: Hook
 def test_a_hook_that_is_not_known_is_one_sentence(matryoshka_sae: MatryoshkaSAE):
     with pytest.raises(UserError, match="does not record its hook"):
         hook_of(matryoshka_sae)
-    with pytest.raises(UserError, match=r"hook_name='model\.norm' is not a hook of a block"):
-        hook_of(matryoshka_sae, "model.norm")
+    for name in ("model.norm", "blocks.².hook_resid_post", f"blocks.{'9' * 5000}.hook_resid_post"):
+        with pytest.raises(UserError, match=rf"hook_name='{name[:20]}.* is not a hook of a block"):
+            hook_of(matryoshka_sae, name)
 
 
 def _random(sae: SAE[Any]) -> SAE[Any]:
