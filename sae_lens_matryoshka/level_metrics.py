@@ -65,8 +65,10 @@ def measure_levels(
         One entry a level, smallest level first.
 
     Raises:
-        ValueError: If there are no activations.
+        ValueError: If ``n_samples`` is not positive, or there are no activations.
     """
+    if n_samples < 1:
+        raise ValueError(f"n_samples={n_samples} must be positive.")
     explained_variance = [ExplainedVarianceCalculator() for _ in sae.widths]
     n_firings = torch.zeros(sae.n_levels, sae.cfg.d_sae, dtype=torch.long, device=sae.device)
     n_seen = 0

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from sae_lens.constants import SAE_WEIGHTS_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
 from sae_lens_matryoshka.bounded import load_json
 from sae_lens_matryoshka.errors import UserError
@@ -25,6 +25,13 @@ logger = logging.getLogger(__name__)
 
 MARKER_FILENAME = "sae_lens_matryoshka.json"
 """Says that a folder is a run's output, and which files the run has written there."""
+
+LEVELS_FILENAME = "levels.csv"
+SCORES_FILENAME = "scores.csv"
+SCORES_FIGURE_FILENAME = "scores.png"
+
+CALIBRATING_PREFIX = ".calibrating-"
+"""Begins the names of folders that only a killed run leaves in its output."""
 
 
 @contextmanager
@@ -43,24 +50,40 @@ def staged_folder(output: Path, force: bool = False) -> Iterator[Path]:
         UserError: If another run is writing there.
         OSError: If the folder cannot be made.
     """
-    check_output(output, force)
+    with output_lock(output):
+        check_output(output, force)
+        output = output.resolve()
+        _sweep(output)
+        staging = Path(tempfile.mkdtemp(prefix=_staging_prefix(output), dir=output.parent))
+        try:
+            yield staging
+            _record_files(staging)
+            check_output(output, force)
+            _put_in_place(staging, output)
+        finally:
+            _remove_unless_trained(staging)
+
+
+@contextmanager
+def output_lock(output: Path) -> Iterator[None]:
+    """Keep other runs away from an output while the block lasts; within it, the same process may ask again.
+
+    Args:
+        output: The folder, which need not be there.
+
+    Raises:
+        UserError: If another run is writing there.
+        OSError: If the folder that it lies in cannot be written.
+    """
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output.parent / f".{output.name}.lock")
+    lock = FileLock(output.parent / f".{output.name}.lock", is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"Another run is writing to {output}; choose another folder, or wait for it to end.") from None
     try:
-        _sweep(output)
-        staging = Path(tempfile.mkdtemp(prefix=_staging_prefix(output), dir=output.parent))
-        try:
-            yield staging
-            record_files(staging)
-            check_output(output, force)
-            _put_in_place(staging, output)
-        finally:
-            _remove_unless_trained(staging)
+        yield
     finally:
         lock.release()  # the file stays: removed, two later runs could both hold a lock of that name
 
@@ -121,7 +144,11 @@ def check_output(output: Path, force: bool, why: str | None = None) -> None:
             f"The output folder {output} is not one that this version has written (no {MARKER_FILENAME}), and --force "
             f"replaces no other; choose another, or remove it yourself."
         )
-    foreign = [path for path in files if str(path.relative_to(folder)) not in recorded]
+    foreign = [
+        path for path in files
+        if str(path.relative_to(folder)) not in recorded
+        and not any(part.startswith(CALIBRATING_PREFIX) for part in path.relative_to(folder).parts)
+    ]  # fmt: skip
     if foreign:
         raise FileExistsError(
             f"The output folder {output} holds what no run has written ({_listed(foreign, folder)}); move it away, or "
@@ -129,15 +156,14 @@ def check_output(output: Path, force: bool, why: str | None = None) -> None:
         )
 
 
-def record_files(output: Path) -> None:
-    """Note in a run's output that all files in it are the run's.
-
-    Args:
-        output: The folder.
-    """
-    files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()} | {MARKER_FILENAME}
-    contents = {"note": "written by sae-lens-matryoshka train; --force replaces these files", "files": sorted(files)}
-    (output / MARKER_FILENAME).write_text(json.dumps(contents, indent=1), encoding="utf-8")
+def _record_files(staging: Path) -> None:
+    """Note which files are the run's, those that calibrating and measuring will add among them."""
+    written = [path for path in staging.rglob("*") if path.is_file()]
+    later = [path.parent / LEVELS_FILENAME for path in written if path.name == SAE_CFG_FILENAME]
+    later += [staging / name for name in (MARKER_FILENAME, SCORES_FILENAME, SCORES_FIGURE_FILENAME)]
+    files = sorted({str(path.relative_to(staging)) for path in (*written, *later)})
+    contents = {"note": "written by sae-lens-matryoshka train; --force replaces these files", "files": files}
+    (staging / MARKER_FILENAME).write_text(json.dumps(contents, indent=1), encoding="utf-8")
 
 
 def _recorded_files(output: Path) -> set[str] | None:
@@ -180,7 +206,7 @@ def _remove_unless_trained(staging: Path) -> None:
     if not staging.exists():
         return
     if any(staging.rglob(SAE_WEIGHTS_FILENAME)):
-        logger.warning(f"What a run has trained is kept in {staging}, since it could not be put in its place.")
+        logger.warning(f"What a run has trained is kept in {staging}; move it where you want it, or remove it.")
     else:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -24,7 +24,7 @@ from sae_lens import (
     TrainingSAE,
 )
 from sae_lens.constants import RUNNER_CFG_FILENAME
-from sae_lens.synthetic import RUNNER_CONFIG_FILENAME
+from sae_lens.synthetic import RUNNER_CONFIG_FILENAME, SyntheticSAERunnerConfig
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from safetensors import SafetensorError
 from torch import Tensor
@@ -33,7 +33,7 @@ from typing_extensions import override
 from sae_lens_matryoshka.checkpoints import find_checkpoint, sae_folders, why_not_finished
 from sae_lens_matryoshka.config_files import build_runner_configs
 from sae_lens_matryoshka.errors import ConfigError, UserError
-from sae_lens_matryoshka.output_folders import check_apart, check_output, record_files, staged_folder
+from sae_lens_matryoshka.output_folders import check_apart, check_output, output_lock, staged_folder
 from sae_lens_matryoshka.synthetic_runs import train_on_synthetic_model, write_scores
 from sae_lens_matryoshka.trained_from import record_local_paths
 from sae_lens_matryoshka.trained_saes import (
@@ -111,44 +111,63 @@ def train(
         FileExistsError: If the output folder is not empty and ``force`` is not set.
     """
     configs = build_runner_configs(run, trust_remote_code)
-    other: str | None = None
     resume = run.get("resume_from_checkpoint") if resume is None else resume
     check_samples(configs, calibration_samples, measure_samples)
     samples = Samples(*(DEFAULT_SAMPLES if n is None else n for n in (calibration_samples, measure_samples)))
     output_path = _output_path(run, output)
-    if run.get("checkpoint_path") is not None:
-        check_apart(output_path, Path(run["checkpoint_path"]))
+    for cfg in configs.values() if isinstance(configs, dict) else [configs]:
+        if cfg.checkpoint_path is not None:
+            check_apart(output_path, Path(cfg.checkpoint_path))
     if isinstance(configs, dict):
         check_synthetic_options(run, resume, checkpointing)
-        with staged_folder(output_path, force) as staging:
-            saved = train_on_synthetic_model(configs, staging)
-            _record_output_path(staging, output_path)
-    elif resume == "auto" and not force and not (other := why_not_finished(output_path, configs, samples.calibration)):
-        folders = sae_folders(output_path, configs)
-        if all(is_complete(folder) for folder in folders.values()):
-            saes = [read_finished(name, folder) for name, folder in folders.items()]
-            return TrainResult(output_path, saes, was_finished=True)
-        logger.info(f"The SAEs in {output_path} are trained, and are now calibrated and measured.")
-        saved = _runner(configs, checkpointing).saved()
-    else:
-        check_output(output_path, force, other if resume == "auto" else None)
-        configs.resume_from_checkpoint = None if resume is None else find_checkpoint(configs, resume)
-        start = _starting_point(configs)
-        with (
-            staged_folder(output_path, force) as staging,
-            checkpoint_folder(configs),
-            _saving_errors(output_path),
-        ):
-            configs.output_path = str(staging)
-            runner = _runner(configs, checkpointing, start)
-            runner.run()
-            saved = runner.saved()
-            _record_output_path(staging, output_path)
-    # what has been trained is safe by now
-    saes = [complete(sae, output_path, samples) for sae in saved]
-    write_scores(saes, output_path)
-    record_files(output_path)
+        check_output(output_path, force)
+    with output_lock(output_path):
+        if isinstance(configs, dict):
+            saved = _train_on_synthetic_model(configs, output_path, force)
+        else:
+            other = why_not_finished(output_path, configs, samples.calibration) if resume == "auto" else None
+            if resume != "auto" or force or other:
+                saved = _train_on_language_model(configs, output_path, resume, force, other, checkpointing)
+            else:
+                folders = sae_folders(output_path, configs)
+                if all(is_complete(folder) for folder in folders.values()):
+                    saes = [read_finished(name, folder) for name, folder in folders.items()]
+                    return TrainResult(output_path, saes, was_finished=True)
+                logger.info(f"The SAEs in {output_path} are trained, and are now calibrated and measured.")
+                saved = _runner(configs, checkpointing).saved()
+        # what has been trained is safe by now
+        saes = [complete(sae, output_path, samples) for sae in saved]
+        write_scores(saes, output_path)
     return TrainResult(output_path, saes)
+
+
+def _train_on_synthetic_model(
+    configs: dict[str, SyntheticSAERunnerConfig[Any]], output: Path, force: bool
+) -> list[SavedSAE]:
+    with staged_folder(output, force) as staging:
+        saved = train_on_synthetic_model(configs, staging)
+        _record_output_path(staging, output)
+    return saved
+
+
+def _train_on_language_model(
+    cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig",
+    output: Path,
+    resume: str | Path | None,
+    force: bool,
+    other: str | None,
+    checkpointing: CheckpointOptions,
+) -> list[SavedSAE]:
+    """Train and save; ``other`` says why what may be in the output is not what the run would write."""
+    check_output(output, force, other)
+    cfg.resume_from_checkpoint = None if resume is None else find_checkpoint(cfg, resume)
+    start = _starting_point(cfg)
+    with staged_folder(output, force) as staging, checkpoint_folder(cfg), _saving_errors(output):
+        cfg.output_path = str(staging)
+        runner = _runner(cfg, checkpointing, start)
+        runner.run()
+        _record_output_path(staging, output)
+        return runner.saved()
 
 
 def _output_path(run: Mapping[str, Any], output: str | Path | None) -> Path:
@@ -196,7 +215,7 @@ class LanguageModelRunner(LanguageModelSAETrainingRunner):
         return sae
 
     def saved(self) -> list[SavedSAE]:
-        """What a run saves, with fresh activations from where it has left off."""
+        """What a run saves, with activations from where it has left off; from the start of the text before it runs."""
         calibrates = isinstance(self.sae, BatchTopKTrainingSAE)
         return [SavedSAE("sae", "", lambda: self.activations_store, self.cfg.device, calibrates)]
 
@@ -233,7 +252,7 @@ class MultiSAERunner(MultiSAETrainingRunner):
         return saes
 
     def saved(self) -> list[SavedSAE]:
-        """What a run saves, with fresh activations from where it has left off."""
+        """What a run saves, with activations from where it has left off; from the start of the text before it runs."""
 
         def activations(hook_name: str) -> Iterator[Tensor]:
             return (batch[hook_name] for batch in self.activations_store.get_multi_hook_data_loader())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae_lens_matryoshka.config_files import check_synthetic_d_in
 from sae_lens_matryoshka.csv_tables import write_csv
+from sae_lens_matryoshka.output_folders import SCORES_FIGURE_FILENAME, SCORES_FILENAME
 from sae_lens_matryoshka.synthetic_benchmark import plot_scores, score_on_synthetic_model
 from sae_lens_matryoshka.trained_saes import (
     SavedSAE,
@@ -23,9 +24,6 @@ from sae_lens_matryoshka.trained_saes import (
     put_sparsity_in_order,
 )
 from sae_lens_matryoshka.training.wandb_run import wandb_run
-
-SCORES_FILENAME = "scores.csv"
-SCORES_FIGURE_FILENAME = "scores.png"
 
 
 def train_on_synthetic_model(configs: dict[str, SyntheticSAERunnerConfig[Any]], staging: Path) -> list[SavedSAE]:

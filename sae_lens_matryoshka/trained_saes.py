@@ -4,7 +4,7 @@ import copy
 import logging
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -18,14 +18,13 @@ from sae_lens_matryoshka.csv_tables import read_csv, write_csv
 from sae_lens_matryoshka.level_metrics import LevelMetrics, measure_levels
 from sae_lens_matryoshka.levels import recorded_widths
 from sae_lens_matryoshka.loading.checks import read_config
+from sae_lens_matryoshka.output_folders import CALIBRATING_PREFIX, LEVELS_FILENAME
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
 from sae_lens_matryoshka.saes.matryoshka_sae_kinds import KINDS
 from sae_lens_matryoshka.saes.nested_training_sae import NestedTrainingSAE
 from sae_lens_matryoshka.synthetic_benchmark import SyntheticScores
 
 logger = logging.getLogger(__name__)
-
-LEVELS_FILENAME = "levels.csv"
 
 CALIBRATION_SAMPLES = "calibration_samples"
 """Where the metadata of a saved BatchTopK SAE say on how many samples its threshold was calibrated; None: not yet."""
@@ -93,17 +92,22 @@ def complete(saved: SavedSAE, output: Path, samples: Samples) -> TrainedSAE:
         samples: How many activations to use.
     """
     path = output / saved.folder
+    done = TrainedSAE(saved.name, path, None, [])
+    step = "calibrated"
     try:
-        calibration = _calibrate_saved(path, saved, samples.calibration) if saved.calibrates else None
-        levels = _measure_saved(path, saved, samples.measuring)
-        scores = None if saved.score is None else saved.score(SAE.load_from_disk(path, device=saved.device))
-        return TrainedSAE(saved.name, path, calibration, levels, scores)
+        if saved.calibrates:
+            done = replace(done, calibration=_calibrate_saved(path, saved, samples.calibration))
+        step = "measured"
+        done = replace(done, levels=_measure_saved(path, saved, samples.measuring))
+        step = "scored"
+        if saved.score is not None:
+            done = replace(done, scores=saved.score(SAE.load_from_disk(path, device=saved.device)))
     except KeyboardInterrupt:
-        logger.warning(_incomplete(path, "interrupted"))
+        logger.warning(_incomplete(saved, path, step, "interrupted"))
         raise
     except Exception as error:
-        logger.warning(_incomplete(path, " ".join(str(error).split()) or type(error).__name__))
-        return TrainedSAE(saved.name, path, None, [])
+        logger.warning(_incomplete(saved, path, step, " ".join(str(error).split()) or type(error).__name__))
+    return done
 
 
 def is_complete(path: Path) -> bool:
@@ -114,10 +118,10 @@ def is_complete(path: Path) -> bool:
     return (path / LEVELS_FILENAME).is_file() and (cfg.get("metadata") or {}).get(CALIBRATION_SAMPLES, 0) is not None
 
 
-def _incomplete(path: Path, why: str) -> str:
+def _incomplete(saved: SavedSAE, path: Path, step: str, why: str) -> str:
+    remedy = "--resume auto" if saved.score is None else "--force"
     return (
-        f"The SAE is saved in {path}, but has not been calibrated and measured ({why}); the same command with "
-        f"--resume auto makes up for it."
+        f"The SAE is saved in {path}, but has not been {step} ({why}); the same command with {remedy} makes up for it."
     )
 
 
@@ -126,7 +130,7 @@ def _calibrate_saved(path: Path, saved: SavedSAE, n_samples: int) -> ThresholdCa
     sae: Any = SAE.load_from_disk(path, device=saved.device)
     calibration = calibrate_threshold(sae, saved.activations(), n_samples) if n_samples > 0 else None
     setattr(sae.cfg.metadata, CALIBRATION_SAMPLES, n_samples)
-    with tempfile.TemporaryDirectory(dir=path, prefix=".calibrating-") as folder:
+    with tempfile.TemporaryDirectory(dir=path, prefix=CALIBRATING_PREFIX) as folder:
         for file in sae.save_model(folder):
             Path(file).replace(path / Path(file).name)
     return calibration

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from sae_lens import SAE
 
 from sae_lens_matryoshka import trained_saes
 from sae_lens_matryoshka.errors import UserError
-from sae_lens_matryoshka.output_folders import MARKER_FILENAME, check_output, record_files, staged_folder
+from sae_lens_matryoshka.output_folders import MARKER_FILENAME, check_output, output_lock, staged_folder
 from sae_lens_matryoshka.runner import train
 from tests.tiny_runs import tiny_multi_run, tiny_run
 
@@ -56,12 +56,11 @@ def test_force_replaces_what_a_run_has_written_and_nothing_else(tmp_path: Path):
     with pytest.raises(FileExistsError, match=r"holds what no run has written \(notes\.txt\); move it away"):
         _write(output, "third", force=True)
     (output / "notes.txt").unlink()
-    (output / "levels.csv").write_text("measured later")
-    record_files(output)
+    (output / ".calibrating-abc").mkdir()  # of a killed run
+    (output / ".calibrating-abc" / "cfg.json").touch()
     _write(output, "third", force=True)
 
     _write(output / "inner", "another run")
-    record_files(output)  # even then
     with pytest.raises(FileExistsError, match=r"holds other runs or their checkpoints \(inner\)"):
         _write(output, "fourth", force=True)
     (tmp_path / "theirs").mkdir()
@@ -109,6 +108,13 @@ def test_what_killed_runs_leave_is_swept_unless_it_is_trained_or_another_outputs
 def test_two_runs_on_one_output_never_undo_each_other(tmp_path: Path):
     with FileLock(tmp_path / ".out.lock"), pytest.raises(UserError, match="Another run is writing to"):
         _write(tmp_path / "out", "second")
+    with output_lock(tmp_path / "out"):  # for as long as a run works on what it has written
+        _write(tmp_path / "out", "first")
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / ".out.lock").acquire(timeout=0)
+        (tmp_path / "out" / "sae_weights.safetensors").unlink()
+        (tmp_path / "out" / MARKER_FILENAME).unlink()
+        (tmp_path / "out").rmdir()
     with staged_folder(tmp_path / "out") as staging:
         (staging / "a").touch()
         (tmp_path / "out").mkdir()  # by somebody who takes no lock
@@ -150,7 +156,8 @@ def test_what_fails_after_training_costs_no_sae_and_is_made_up_for(
         output = train(run, output=tmp_path / "out", **SAMPLES).output
     folders = [output / "early", output / "late"] if several else [output]
     for folder in folders:
-        message = f"The SAE is saved in {folder}, but has not been calibrated and measured (CUDA out of memory.); "
+        what = "calibrated" if step == "calibrate_threshold" else "measured"
+        message = f"The SAE is saved in {folder}, but has not been {what} (CUDA out of memory.); "
         assert message + "the same command with --resume auto makes up for it." in caplog.text
         assert SAE.load_from_disk(folder)
         assert not (folder / "levels.csv").exists()
@@ -173,7 +180,7 @@ def test_ctrl_c_after_training_leaves_the_sae(
     with pytest.raises(KeyboardInterrupt):
         train(tiny_run(tinystories, None, training_tokens=12 * 128), output=tmp_path / "out", **SAMPLES)
     assert SAE.load_from_disk(tmp_path / "out")
-    assert "has not been calibrated and measured (interrupted)" in caplog.text
+    assert "has not been calibrated (interrupted)" in caplog.text
     assert _names(tmp_path) == [".out.lock", "out"]
 
 
@@ -188,3 +195,38 @@ def test_a_calibrated_threshold_is_what_is_saved(tinystories: Path, tmp_path: Pa
     assert saved.threshold.equal(caught[0].threshold)  # type: ignore[arg-type]
     assert saved.cfg.metadata.calibration_samples == 300
     assert not [name for name in os.listdir(output) if name.startswith(".")]
+
+
+def test_checkpoints_inside_the_output_are_refused_before_training(tinystories: Path, tmp_path: Path):
+    for inside in ("", "checkpoints"):
+        run = tiny_run(tinystories, tmp_path / "out" / inside, model_name="nobody/nothing")
+        with pytest.raises(UserError, match=r"checkpoint_path=.* lies in the output .*; name a folder beside it"):
+            train(run, output=tmp_path / "out", **SAMPLES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_through_a_folder_that_is_not_there(tinystories: Path, tmp_path: Path):
+    run = tiny_run(tinystories, None, training_tokens=12 * 128)
+    result = train(run, output=tmp_path / "nowhere" / ".." / "out", **SAMPLES)
+    assert (tmp_path / "out" / "levels.csv").is_file()
+    assert result.saes[0].levels
+
+
+def test_resume_auto_says_what_differs_from_what_is_there(tinystories: Path, tmp_path: Path):
+    run = tiny_run(tinystories, None, training_tokens=12 * 128)
+    train(run, output=tmp_path / "out", **SAMPLES)
+    with pytest.raises(FileExistsError, match="and it was made with other settings of lr, lr_end; choose"):
+        train({**run, "lr": 2e-3}, output=tmp_path / "out", resume="auto", **SAMPLES)
+
+
+def test_a_foreign_file_stays_foreign_after_the_figures_are_made_up_for(
+    tinystories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = tiny_run(tinystories, None, training_tokens=12 * 128)
+    with monkeypatch.context() as patch:
+        patch.setattr(trained_saes, "measure_levels", _breaks)
+        train(run, output=tmp_path / "out", **SAMPLES)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    train(run, output=tmp_path / "out", resume="auto", **SAMPLES)
+    with pytest.raises(FileExistsError, match=r"no run has written \(notes\.txt\)"):
+        train(run, output=tmp_path / "out", force=True, **SAMPLES)

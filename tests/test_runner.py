@@ -153,6 +153,7 @@ def test_what_the_real_run_writes(tinystories_runs: dict[str, Path]):
         "cfg.json",
         "levels.csv",
         "runner_cfg.json",
+        "sae_lens_matryoshka.json",
         "sae_weights.safetensors",
         "sparsity.safetensors",
     ]
@@ -247,7 +248,7 @@ def test_sparsity_is_saved_in_the_order_of_the_saved_latents(tmp_path: Path):
         )  # an average over the training so far
 
 
-def test_a_non_empty_output_folder_is_kept_unless_forced(tmp_path: Path):
+def test_a_non_empty_output_folder_is_kept(tmp_path: Path):
     output = tmp_path / "out"
     output.mkdir()
     (output / "precious").write_text("work")
@@ -255,23 +256,17 @@ def test_a_non_empty_output_folder_is_kept_unless_forced(tmp_path: Path):
     with pytest.raises(FileExistsError, match=r"not empty; choose another with --output or replace it with --force"):
         train(run, output=output)
     assert (output / "precious").read_text() == "work"
-    train(run, output=output, force=True, calibration_samples=1000, measure_samples=1000)
-    assert not (output / "precious").exists()
 
 
-def test_a_failed_run_leaves_an_existing_output_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / "precious").write_text("work")
-
+def test_a_plot_that_cannot_be_drawn_costs_no_sae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("disk full")
+        raise RuntimeError("no font")
 
     monkeypatch.setattr("sae_lens_matryoshka.synthetic_runs.plot_scores", fail)
-    with pytest.raises(RuntimeError, match="disk full"):
-        train({**SYNTHETIC, "training_samples": 1000}, output=output, force=True, calibration_samples=500)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (output / "precious").read_text() == "work"
+    with pytest.raises(RuntimeError, match="no font"):
+        train({**SYNTHETIC, "training_samples": 1000}, output=tmp_path / "out", calibration_samples=500)
+    assert SAE.load_from_disk(next((tmp_path / "out").rglob("cfg.json")).parent)
+    assert (tmp_path / "out" / "scores.csv").is_file()
 
 
 @pytest.mark.parametrize(

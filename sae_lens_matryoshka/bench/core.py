@@ -22,6 +22,7 @@ from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView
 from sae_lens_matryoshka.bench.evaluation import Evaluation
 from sae_lens_matryoshka.bench.fingerprints import path_hash
 from sae_lens_matryoshka.bench.labelled_text import fetching
+from sae_lens_matryoshka.bench.models import Model
 from sae_lens_matryoshka.bench.upstream import CoreEvalConfig, CoreEvalOutput, core_main
 from sae_lens_matryoshka.data_files import READERS
 from sae_lens_matryoshka.errors import UserError
@@ -62,19 +63,22 @@ class Core(Evaluation[CoreEvalConfig]):
                 raise UserError(f"core.{field}={getattr(config, field)} must be at least 1.")
         super().__init__(dataclasses.replace(config, **everything))
         self.follow_training = follow_training
+        self._text_hash: str | None = None
 
     def config_for(self, sae: EvaluatedSAE) -> CoreEvalConfig:
         if not self.follow_training or not sae.sae.cfg.metadata.exclude_special_tokens:
             return self.config
         return dataclasses.replace(self.config, exclude_special_tokens_from_reconstruction=True)
 
-    def text_hash(self) -> str | None:
-        """A name for the contents of local text; None for a data set on the Hub, which its name stands for."""
+    def begin(self, source: ActivationSource) -> None:
+        super().begin(source)
         path = Path(self.config.dataset)
-        return path_hash(path) if path.exists() else None
+        # of local text by its contents; a data set on the Hub is what its name stands for
+        self._text_hash = path_hash(path) if path.exists() else None
 
-    def inputs(self) -> dict[str, Any]:
-        return {**super().inputs(), "text": self.text_hash()}
+    def inputs(self, sae: EvaluatedSAE, source: ActivationSource) -> dict[str, Any]:
+        tokens = {"prepend_bos": sae.sae.cfg.metadata.prepend_bos, "special": sorted(_special_tokens(sae.sae, source))}
+        return {**super().inputs(sae, source), "text": self._text_hash, "tokens": tokens}
 
     def evaluate(
         self, group: Sequence[EvaluatedSAE], hook: Hook, source: ActivationSource
@@ -83,15 +87,16 @@ class Core(Evaluation[CoreEvalConfig]):
         for sae in group:
             view = self.view(sae, hook, source)
             reconstruction, variance = self._tokens(view, source)
-            scalar_metrics, feature_metrics = core_main.run_evals(
-                view,  # type: ignore[arg-type]
-                _RecordedTokens(reconstruction, variance),  # type: ignore[arg-type]
-                source.model,  # type: ignore[arg-type]
-                self.config_for(sae),
-                ignore_tokens=special,  # type: ignore[arg-type]
-            )
+            with _nothing_is_padding(source.model):
+                scalar_metrics, feature_metrics = core_main.run_evals(
+                    view,  # type: ignore[arg-type]
+                    _RecordedTokens(reconstruction, variance),  # type: ignore[arg-type]
+                    source.model,  # type: ignore[arg-type]
+                    self.config_for(sae),
+                    ignore_tokens=special,  # type: ignore[arg-type]
+                )
+                explained = _explained_variance(view, hook, source, variance, special)
             scalar_metrics["misc_metrics"] = core_main.calculate_misc_metrics(feature_metrics)
-            explained = _explained_variance(view, hook, source, variance, special)
             yield sae, self._output(sae, view, scalar_metrics, feature_metrics, explained)
 
     def _tokens(self, view: SAEView, source: ActivationSource) -> tuple[Tokens, Tokens]:
@@ -118,7 +123,7 @@ class Core(Evaluation[CoreEvalConfig]):
         key = source.key(
             "core tokens",
             dataset=config.dataset,
-            text=self.text_hash(),
+            text=self._text_hash,
             context_size=config.context_size,
             prompts=config.batch_size_prompts,
             batches=[config.n_eval_reconstruction_batches, config.n_eval_sparsity_variance_batches],
@@ -176,6 +181,19 @@ class _RecordedTokens:
 
     def reset_input_dataset(self) -> None:
         """SAEBench goes back to the start of the text between its two parts; so did the recording."""
+
+
+@contextmanager
+def _nothing_is_padding(model: Model) -> Iterator[None]:
+    """Rows are as long as the context, but a HookedTransformer whose tokenizer pads on the left takes a BOS at their
+    beginning for padding if it is the padding token too.
+    """
+    tokenizer: Any = model.tokenizer
+    side, tokenizer.padding_side = tokenizer.padding_side, "right"
+    try:
+        yield
+    finally:
+        tokenizer.padding_side = side
 
 
 def _special_tokens(sae: SAE[Any], source: ActivationSource) -> set[int]:

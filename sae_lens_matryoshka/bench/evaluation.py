@@ -97,6 +97,8 @@ class Evaluation(ABC, Generic[Config]):
         self.begin(source)
         groups = grouped(on_device(saes, source.device, source.dtype))
         paths = {id(sae): self._path(Path(output), sae) for group in groups for sae in group}
+        if len(set(paths.values())) < len(paths):  # SAEBench writes a "/" as "_"
+            raise UserError(f"Two of {', '.join(map(str, saes))} would have the same result file; rename one.")
         with tqdm(total=len(saes), desc=self.name) as progress:
             for group in groups:
                 hook = hook_of(group[0].sae, hook_name)
@@ -119,8 +121,8 @@ class Evaluation(ABC, Generic[Config]):
                     self._write(paths[id(sae)], eval_output)
                     self.done.append(sae)
                     progress.update()
-        in_order = {(sae.name, sae.sae_id): paths[id(sae)] for group in groups for sae in group}
-        return [path for sae in saes if (path := in_order[sae.name, sae.sae_id]).is_file()]
+        done = {(sae.name, sae.sae_id): paths[id(sae)] for sae in self.done}
+        return [done[sae.name, sae.sae_id] for sae in saes if (sae.name, sae.sae_id) in done]
 
     @abstractmethod
     def evaluate(
@@ -151,8 +153,13 @@ class Evaluation(ABC, Generic[Config]):
         self.config = self.given_config
         self.config = self.completed(source)
 
-    def inputs(self) -> dict[str, Any]:
-        """Names by content of what results are made from beside config, SAE and model."""
+    def inputs(self, sae: EvaluatedSAE, source: ActivationSource) -> dict[str, Any]:
+        """Names by content of what an SAE's result is made from beside config, parameters and model.
+
+        Args:
+            sae: The SAE.
+            source: The model's activations.
+        """
         data = [[name, text.train, text.test] for name, text in self.data.items()]
         return {"data": content_hash(data) if data else None, "packages": package_versions()}
 
@@ -187,7 +194,7 @@ class Evaluation(ABC, Generic[Config]):
         return Path(general_utils.get_results_filepath(str(output / self.name), sae.name, sae.sae_id))
 
     def _made_from(self, sae: EvaluatedSAE, hook: Hook, source: ActivationSource) -> dict[str, Any]:
-        made_from = {"sae": SAEView(sae.cut_out, hook, source.name).hash, **self.inputs()}
+        made_from = {"sae": SAEView(sae.cut_out, hook, source.name).hash, **self.inputs(sae, source)}
         if self.reads_model:
             made_from |= {"model": source.model_hash, "tokenizer": source.tokenizer_hash, "hook": hook.name}
         return made_from
@@ -203,7 +210,7 @@ class Evaluation(ABC, Generic[Config]):
         except FileNotFoundError:
             return False
         except (OSError, ValueError) as error:
-            self.skipped.append(f"{path} could not be read ({error}) and was made again.")
+            self.skipped.append(f"{path} could not be read ({error}) and is made again.")
             return False
         try:
             was_config, was_made_from = existing["eval_config"], existing["sae_cfg_dict"]["metadata"][MADE_FROM]

@@ -1,7 +1,7 @@
 """Names for what results are made from, equal for equal content only.
 
 A result or a cache entry is reused only where everything that could change it has the same name. Every byte counts: of
-weights, of tokenizers, of texts.
+weights, of tokenizers (of slow ones their vocabulary), of texts.
 """
 
 import json

@@ -2,18 +2,19 @@
 
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
 from sae_lens_matryoshka.bench.activation_source import ActivationSource
 from sae_lens_matryoshka.bench.cache import Cache
 from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE
 from sae_lens_matryoshka.bench.evaluation import Evaluation
-from sae_lens_matryoshka.bench.figures import plot_results
+from sae_lens_matryoshka.bench.figures import BY_L0_FILENAME, BY_WIDTH_FILENAME, plot_results
 from sae_lens_matryoshka.bench.models import Model, load_model
 from sae_lens_matryoshka.bench.results import load_results
 from sae_lens_matryoshka.csv_tables import as_text
@@ -75,16 +76,20 @@ def evaluate(
         except UserError as error:
             failures[evaluation.name] = str(error)
             tqdm.write(printable(f"{evaluation.name} could not be run: {error}"))
+        except (OSError, torch.OutOfMemoryError) as error:
+            failures[evaluation.name] = f"{error}; make room, or lower its llm_batch_size, and run again"
+            tqdm.write(printable(f"{evaluation.name} broke off: {error}"))
         except Exception as error:  # the others run all the same
             failures[evaluation.name] = f"{type(error).__name__}: {error}. {REPORT_BUG}"
             tqdm.write(printable(traceback.format_exc()), file=sys.stderr)
     skipped = [sentence for evaluation in evaluations for sentence in evaluation.skipped]
     try:
-        results = load_results(output, skipped.append)
+        results = _without_refused(load_results(output, skipped.append), saes, evaluations)
     except UserError:
-        return Report(output, pd.DataFrame(), failures, skipped)
-    results = _without_refused(results, evaluations, failures)
-    if results.empty:
+        results = pd.DataFrame()
+    if results.empty:  # nor may an earlier table or figure show what was refused
+        for name in (RESULTS_FILENAME, BY_WIDTH_FILENAME, BY_L0_FILENAME):
+            (output / name).unlink(missing_ok=True)
         return Report(output, results, failures, skipped)
     texts = {column: results[column].map(as_text) for column in ("sae", "evaluation", "metric")}
     results.assign(**texts).to_csv(output / RESULTS_FILENAME, index=False)
@@ -93,13 +98,11 @@ def evaluate(
 
 
 def _without_refused(
-    results: pd.DataFrame, evaluations: Sequence[Evaluation], failures: Mapping[str, str]
+    results: pd.DataFrame, saes: Sequence[EvaluatedSAE], evaluations: Sequence[Evaluation]
 ) -> pd.DataFrame:
-    """Results without those of failed evaluations that lay there before: they were made from something else."""
-    done = {(e.name, sae.name, sae.level) for e in evaluations for sae in e.done}
+    """Results without those of these SAEs that lay there before and were not made again: they are of something else."""
+    asked = {(evaluation.name, sae.name, sae.level) for evaluation in evaluations for sae in saes}
+    done = {(evaluation.name, sae.name, sae.level) for evaluation in evaluations for sae in evaluation.done}
     keys = zip(results["evaluation"], results["sae"], results["level"], strict=True)
-    kept = [
-        evaluation not in failures or (evaluation, sae, None if pd.isna(level) else int(level)) in done
-        for evaluation, sae, level in keys
-    ]
-    return results.loc[kept].reset_index(drop=True)
+    stale = [(e, sae, None if pd.isna(level) else int(level)) in asked - done for e, sae, level in keys]
+    return results.loc[[not is_stale for is_stale in stale]].reset_index(drop=True)

@@ -17,7 +17,7 @@ def fuse_adam(trainer: SAETrainer[Any, Any]) -> None:
     """Let torch update each parameter in one pass instead of ten; the same numbers (benchmarks/README.md).
 
     Args:
-        trainer: A trainer, before or after a state to resume from has been loaded.
+        trainer: A trainer, after a state to resume from has been loaded, which would replace the setting.
     """
     for group in trainer.optimizer.param_groups:
         group["fused"] = True

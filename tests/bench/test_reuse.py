@@ -229,7 +229,7 @@ def test_after_a_refusal_neither_table_nor_csv_shows_what_was_refused(
     (tmp_path / "core" / "ours_level_0_eval_results.json").write_text("")
     (tmp_path / "core" / "other_level_0_eval_results.json").write_text('{"a": 1}')
     report = evaluate(saes[:1], model, tmp_path, [core])
-    assert any("could not be read" in sentence and "was made again" in sentence for sentence in report.skipped)
+    assert any("could not be read" in sentence and "is made again" in sentence for sentence in report.skipped)
     assert any("other_level_0" in sentence and "passed over" in sentence for sentence in report.skipped)
     assert not report.failures
     with pytest.warns(UserWarning, match="other_level_0"):
@@ -246,3 +246,26 @@ def test_a_folder_is_named_by_all_that_is_in_it(tmp_path: Path):
     (tmp_path / "b" / "c").rename(tmp_path / "b" / "d")
     names.append(path_hash(tmp_path))
     assert len(set(names)) == 3
+
+
+def test_when_all_is_refused_no_table_or_figure_of_before_is_left(
+    model: Model, sae: MatryoshkaSAE, tinystories: Path, tmp_path: Path
+):
+    evaluate(levels("ours", sae, [0]), model, tmp_path, [_core(tinystories / "data")])
+    assert (tmp_path / "results.csv").is_file()
+    sae.b_dec.data[0] += 1
+    assert evaluate(levels("ours", sae, [0]), model, tmp_path, [_core(tinystories / "data")]).results.empty
+    assert [path.name for path in tmp_path.iterdir()] == ["core"]
+
+
+@pytest.mark.parametrize("field", ["prepend_bos", "exclude_special_tokens"])
+def test_what_core_reads_of_an_saes_metadata_is_part_of_its_result(
+    field: str, model: Model, sae: MatryoshkaSAE, tinystories: Path, tmp_path: Path
+):
+    core, saes = _core(tinystories / "data"), levels("ours", sae, [0])
+    sae.cfg.metadata.exclude_special_tokens = [1]
+    core.run(saes, model, tmp_path)
+    core.run(levels("ours", sae, [0]), model, tmp_path)
+    setattr(sae.cfg.metadata, field, {"prepend_bos": False, "exclude_special_tokens": [1, 300]}[field])
+    with pytest.raises(UserError, match="was made with other text"):
+        core.run(levels("ours", sae, [0]), model, tmp_path)
