@@ -320,7 +320,7 @@ def test_an_interrupted_run_says_how_to_resume_and_resumes(tinystories: Path, tm
     assert not (tmp_path / "out").exists()
 
     run = read_run_file("tinystories", settings)
-    [checkpoint] = (tmp_path / "checkpoints").glob("*/*")
+    [checkpoint] = (tmp_path / "checkpoints").glob("*/[0-9]*")
     n_done = int(checkpoint.name)
     assert 0 < n_done < 4_000_000
     run["training_tokens"] = n_done + 10 * 2048
