@@ -21,5 +21,7 @@ def resolve_device(device: str, field: str) -> str:
         torch.empty(0, device=torch.device(device))
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"{field}={device!r} cannot be used on this machine ({reason}); use cpu or auto.") from None
+        raise ConfigError(
+            f"{field}={device!r} cannot be used on this machine ({reason}); set {field}=cpu or {field}=auto."
+        ) from None
     return device

@@ -72,7 +72,7 @@ def test_a_training_sae_is_saved_with_the_calibrated_threshold(plugin: bool, res
     with torch.no_grad():
         sae.W_dec.normal_()
     calibrate_threshold(sae, _batches(), 200)
-    saved = MatryoshkaSAE.from_sae(sae, widths=[20])
+    saved = MatryoshkaSAE.from_sae(sae, widths=[5, 20])
     assert _mean_l0(saved, _batches()) == pytest.approx(3, abs=0.02)
 
 

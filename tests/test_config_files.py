@@ -146,7 +146,7 @@ def test_unusable_files(tmp_path: Path):
             {"sae": {"architecture": "jumprelu", "d_in": 8, "d_sae": 64, "target_l0": 5}},
             "sae.target_l0=5 is only used with sae.jumprelu_sparsity_loss_mode=quadratic",
         ),
-        ({"device": "cuda:7"}, r"device='cuda:7' cannot be used on this machine \(.*\); use cpu or auto"),
+        ({"device": "cuda:7"}, r"device='cuda:7' cannot be used on this machine \(.*\); set device=cpu"),
         ({"llm_device": "gpu"}, "llm_device='gpu' cannot be used on this machine"),
         ({"training_tokens": 0}, "training_tokens=0 must be at least 1"),
         ({"training_tokens": -5}, "training_tokens=-5 must be at least 1"),

@@ -28,7 +28,8 @@ def _counted(model: Model, sae: MatryoshkaSAE) -> Iterator[dict[str, int]]:
     run_with_cache, encode = model.run_with_cache, sae.encode
 
     def counting_run(tokens: Tensor, *arguments: Any, **options: Any) -> Any:
-        counts["texts"] += len(tokens)
+        if tokens.shape[1] > 1:  # else the one token that shows what the hook gives
+            counts["texts"] += len(tokens)
         return run_with_cache(tokens, *arguments, **options)
 
     def counting_encode(x: Tensor, *arguments: Any) -> Any:
