@@ -85,6 +85,8 @@ def tinystories(folder: Path, n_tokens: int, ours: bool) -> float:
             f"sae.matryoshka_widths={paper_widths(2048)}",
             f"sae.architecture={architecture}",
             f"training_tokens={n_tokens}",
+            "lr_warm_up_steps=0",
+            "lr_decay_steps=0",
             "checkpoint_path=null",
             "device=cpu",
         ],

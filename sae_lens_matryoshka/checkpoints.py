@@ -62,6 +62,8 @@ def find_checkpoint(cfg: RunnerConfig, resume: str | Path) -> str | None:
     Raises:
         ConfigError: If the folder given is not a complete checkpoint of the same run.
     """
+    if resume == "":
+        raise ConfigError("--resume (resume_from_checkpoint) is empty; give auto, or the folder of a checkpoint.")
     if resume != "auto":
         _check_resumable(Path(resume), cfg)
         return str(resume)
@@ -73,7 +75,8 @@ def find_checkpoint(cfg: RunnerConfig, resume: str | Path) -> str | None:
 def why_not_finished(output: Path, cfg: RunnerConfig, calibration_samples: int) -> str | None:
     """Why an output folder does not hold what a run would write there, in a few words; None if it does.
 
-    That is all its SAEs, made with the same settings. How many samples the levels were measured on is not compared.
+    That is all its SAEs, made with the same settings. How many samples the levels were measured on is no such setting:
+    they can be measured again.
 
     Args:
         output: The output folder.

@@ -255,6 +255,10 @@ def _train(options: argparse.Namespace) -> None:
             )  # fmt: skip
         console.print(table)
     console.print(f"{'Already done:' if result.was_finished else 'Saved to'} {result.output}", soft_wrap=True)
+    if incomplete := [sae.name for sae in result.saes if sae.incomplete is not None]:
+        raise UserError(
+            f"Not everything could be made of {', '.join(incomplete)}; the warnings above say what and why."
+        )
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -8,7 +8,6 @@ file is reported here, before a model is loaded.
 import copy
 import dataclasses
 import difflib
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from sae_lens_matryoshka.devices import resolve_device
 from sae_lens_matryoshka.errors import ConfigError
+from sae_lens_matryoshka.run_file_numbers import check_run_numbers, check_sae_numbers
 from sae_lens_matryoshka.run_file_saes import SAEFields, named_saes, why_no_folder
 from sae_lens_matryoshka.run_file_settings import apply_setting, load_yaml, remove_field
 
@@ -174,7 +174,7 @@ def _build(config_class: type, run: Mapping[str, Any]) -> Any:
     if "logger" in values:
         values["logger"] = _build_plain(LoggingConfig, values["logger"], "logger", "logger.{}".format)
     _resolve_devices(values)
-    _check_numbers(values, config_class)
+    check_run_numbers(values, config_class)
     with _config_errors(config_class.__name__):
         return config_class(**values)
 
@@ -196,7 +196,9 @@ def _build_sae(fields: SAEFields, field: str) -> TrainingSAEConfig:
             f"{_nearest(str(architecture), SAE_TRAINING_CLASS_REGISTRY)}; "
             f"they are {', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}."
         )
-    return _build_plain(SAE_TRAINING_CLASS_REGISTRY[architecture][1], values, field, name)
+    config = _build_plain(SAE_TRAINING_CLASS_REGISTRY[architecture][1], values, field, name)
+    check_sae_numbers(values, name)
+    return config
 
 
 def _build_synthetic_model(synthetic_model: Any) -> SyntheticModelConfig | str:
@@ -329,41 +331,6 @@ def _check_trusted(value: Any, field: str = "") -> None:
             f"{field}={value!r} runs code that comes with the model or data set, which a run file cannot decide; "
             f"read that code, then say so yourself with --trust-remote-code."
         )
-
-
-def _check_numbers(given: Mapping[str, Any], config_class: type) -> None:
-    """Refuse numbers with which nothing would be trained, or not what was meant."""
-    values: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(config_class)} | dict(given)
-    for field in _COUNTS & values.keys():
-        least = 0 if field in ("lr_warm_up_steps", "lr_decay_steps", "n_checkpoints", "seed") else 1
-        if isinstance(values[field], int) and values[field] < least:
-            raise ConfigError(f"{field}={values[field]!r} must be at least {least}.")
-    for n_samples, batch_size in (
-        ("training_tokens", "train_batch_size_tokens"), ("training_samples", "batch_size")
-    ):  # fmt: skip
-        if n_samples in values and values[n_samples] < values[batch_size]:
-            raise ConfigError(
-                f"{n_samples}={values[n_samples]} is less than one step of {batch_size}={values[batch_size]}: nothing "
-                f"would be trained; raise the one or lower the other."
-            )
-    for field, allowed, example in (
-        ("lr", lambda value: value > 0, "above 0, such as 3e-4"),
-        ("lr_end", lambda value: value >= 0, "0 or above"),
-        ("adam_beta1", lambda value: 0 <= value < 1, "from 0 to below 1, such as 0.9"),
-        ("adam_beta2", lambda value: 0 <= value < 1, "from 0 to below 1, such as 0.999"),
-    ):
-        value = values.get(field)
-        if value is not None and not (math.isfinite(value) and allowed(value)):
-            raise ConfigError(f"{field}={value!r} must be {example}.")
-
-
-_COUNTS = frozenset((
-    "training_tokens", "training_samples", "train_batch_size_tokens", "batch_size", "context_size",
-    "n_batches_in_buffer", "store_batch_size_prompts", "n_batches_for_norm_estimate", "lr_warm_up_steps",
-    "lr_decay_steps", "n_checkpoints", "dead_feature_window", "feature_sampling_window", "eval_batch_size_prompts",
-    "eval_samples", "seed",
-))  # fmt: skip
-"""Fields of SAELens's runner configs that count something."""
 
 
 def _check_language_model_run(config: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig") -> None:

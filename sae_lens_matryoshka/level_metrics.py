@@ -31,6 +31,9 @@ class LevelMetrics:
     dead: int
     """Number of latents of the level that never fired."""
 
+    n_samples: int
+    """Number of samples that it was measured on."""
+
 
 MOST_ACTIVATIONS = 2**24
 """Latent activations held at once: 64 MB in float32."""
@@ -95,6 +98,7 @@ def measure_levels(
             l0=n_firings[level].sum().item() / n_seen,
             fvu=1 - explained_variance[level].compute(),
             dead=int((n_firings[level, :width] == 0).sum()),
+            n_samples=n_seen,
         )
         for level, width in enumerate(sae.widths)
     ]

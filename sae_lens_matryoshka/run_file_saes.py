@@ -73,6 +73,11 @@ def sae_name(own: Mapping[str, Any], shared: Mapping[str, Any]) -> str:
 def _entries(saes: Any, shared: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Names and own fields of the entries of ``saes``, a mapping or a list."""
     if isinstance(saes, Mapping):
+        for name in saes:
+            if isinstance(name, bool) or not isinstance(name, str | int):
+                raise ConfigError(f"The name {name!r} in saes must be text; put it in quotes.")
+            if isinstance(name, int) and str(name) in saes:
+                raise ConfigError(f"Two entries of saes are called {str(name)!r}; give them different names.")
         saes = {str(name): {} if own is None else own for name, own in saes.items()}
     entries = list(saes.values()) if isinstance(saes, Mapping) else saes
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, Mapping) for entry in entries):

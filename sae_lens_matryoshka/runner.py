@@ -54,7 +54,7 @@ from sae_lens_matryoshka.training.fused_adam import fuse_adam
 from sae_lens_matryoshka.training.option_checks import check_samples, check_synthetic_options
 from sae_lens_matryoshka.training.resumable_store import take_over_store
 from sae_lens_matryoshka.training.run_folder import checkpoint_folder
-from sae_lens_matryoshka.training.start_checks import check_context_size, check_d_in, loading_errors
+from sae_lens_matryoshka.training.start_checks import check_context_size, check_d_in, check_is_text, loading_errors
 from sae_lens_matryoshka.training.token_ids import check_token_ids
 from sae_lens_matryoshka.training.training_on import StartingPoint, load_starting_point
 from sae_lens_matryoshka.training.wandb_run import wandb_run
@@ -89,7 +89,7 @@ def train(
 
     The output folder appears when everything is trained. It holds a saved SAE (a folder of SAEs where the run file
     names several), and gets ``levels.csv`` with the figures of every level, and for synthetic models the scores and
-    their plot. Where these cannot be made, a warning says how to make up for it.
+    their plot. Where these cannot be made, a warning and :attr:`TrainedSAE.incomplete` say how to make up for it.
 
     Args:
         run: A run file's contents, see :func:`config_files.read_run_file`.
@@ -130,7 +130,7 @@ def train(
                 saved = _train_on_language_model(configs, output_path, resume, force, other, checkpointing)
             else:
                 folders = sae_folders(output_path, configs)
-                if all(is_complete(folder) for folder in folders.values()):
+                if all(is_complete(folder, measure_samples) for folder in folders.values()):
                     saes = [read_finished(name, folder) for name, folder in folders.items()]
                     return TrainResult(output_path, saes, was_finished=True)
                 logger.info(f"The SAEs in {output_path} are trained, and are now calibrated and measured.")
@@ -204,6 +204,7 @@ class LanguageModelRunner(LanguageModelSAETrainingRunner):
         self.start = start
         self.checkpointing = checkpointing
         take_over_store(self, checkpointing.exact, checkpointing.max_buffer_bytes)
+        check_is_text(cfg, self.activations_store)
         check_token_ids(cfg, self.model)
         check_d_in(self.activations_store, {cfg.hook_name: cfg.sae.d_in})
 

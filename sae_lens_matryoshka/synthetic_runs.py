@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from sae_lens_matryoshka.config_files import check_synthetic_d_in
 from sae_lens_matryoshka.csv_tables import write_csv
+from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.output_folders import SCORES_FIGURE_FILENAME, SCORES_FILENAME
 from sae_lens_matryoshka.synthetic_benchmark import plot_scores, score_on_synthetic_model
 from sae_lens_matryoshka.trained_saes import (
@@ -53,13 +55,22 @@ def train_on_synthetic_model(configs: dict[str, SyntheticSAERunnerConfig[Any]], 
         runner = SyntheticSAERunner(cfg, override_synthetic_model=synthetic_model)
         keep_configs_of_run([runner.sae])
         mark_uncalibrated(runner.sae)
-        with wandb_run(cfg):
+        with wandb_run(cfg), _training_errors(name):
             sae = runner.run().sae
         put_sparsity_in_order(staging / folder, sae)
         activations = partial(_samples, synthetic_model, cfg.batch_size)
         score = partial(score_on_synthetic_model, synthetic_model=synthetic_model, n_samples=cfg.eval_samples)
         saved.append(SavedSAE(name, folder, activations, cfg.device, isinstance(sae, BatchTopKTrainingSAE), score))
     return saved
+
+
+@contextmanager
+def _training_errors(name: str) -> Iterator[None]:
+    """Say in one sentence which SAE's numbers are not finite, or which file could not be written."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"The SAE {name!r} cannot be trained on the synthetic model: {error}") from error
 
 
 def write_scores(saes: Iterable[TrainedSAE], output: Path) -> None:

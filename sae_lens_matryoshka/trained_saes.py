@@ -3,7 +3,7 @@
 import copy
 import logging
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -59,6 +59,9 @@ class TrainedSAE:
     scores: SyntheticScores | None = None
     """How well the features of the synthetic model were found; None for language models."""
 
+    incomplete: str | None = None
+    """What could not be made of it, why, and how to make up for it; None if nothing is missing."""
+
 
 @dataclass(frozen=True)
 class SavedSAE:
@@ -95,7 +98,7 @@ def complete(saved: SavedSAE, output: Path, samples: Samples) -> TrainedSAE:
     done = TrainedSAE(saved.name, path, None, [])
     step = "calibrated"
     try:
-        if saved.calibrates:
+        if saved.calibrates and _calibrated_on(read_config(path)) is None:
             done = replace(done, calibration=_calibrate_saved(path, saved, samples.calibration))
         step = "measured"
         done = replace(done, levels=_measure_saved(path, saved, samples.measuring))
@@ -106,16 +109,30 @@ def complete(saved: SavedSAE, output: Path, samples: Samples) -> TrainedSAE:
         logger.warning(_incomplete(saved, path, step, "interrupted"))
         raise
     except Exception as error:
-        logger.warning(_incomplete(saved, path, step, " ".join(str(error).split()) or type(error).__name__))
+        why = " ".join(str(error).split()) or type(error).__name__
+        done = replace(done, incomplete=_incomplete(saved, path, step, why))
+        logger.warning(done.incomplete)
     return done
 
 
-def is_complete(path: Path) -> bool:
-    """Whether a saved SAE has been calibrated and measured, as far as its architecture asks for it."""
+def is_complete(path: Path, measure_samples: int | None = None) -> bool:
+    """Whether a saved SAE has been calibrated and measured, as far as its architecture asks for it.
+
+    Args:
+        path: Its folder.
+        measure_samples: On how many samples it must have been measured; None takes any number.
+    """
     cfg = read_config(path)
     if cfg["architecture"] not in KINDS:
         return True
-    return (path / LEVELS_FILENAME).is_file() and (cfg.get("metadata") or {}).get(CALIBRATION_SAMPLES, 0) is not None
+    levels = _read_levels(path)
+    is_measured = bool(levels) and all(measure_samples in (None, level.n_samples) for level in levels)
+    return is_measured and _calibrated_on(cfg) is not None
+
+
+def _calibrated_on(cfg: Mapping[str, Any]) -> int | None:
+    """On how many samples a saved SAE's threshold was calibrated: 0 if it wants none, None if not yet."""
+    return (cfg.get("metadata") or {}).get(CALIBRATION_SAMPLES, 0)
 
 
 def _incomplete(saved: SavedSAE, path: Path, step: str, why: str) -> str:
@@ -155,12 +172,18 @@ def _measure_saved(path: Path, saved: SavedSAE, n_samples: int) -> list[LevelMet
 
 def read_finished(name: str, folder: Path) -> TrainedSAE:
     """What a run that has been finished left of an SAE, its levels as they were measured then."""
+    return TrainedSAE(name, folder, None, _read_levels(folder))
+
+
+def _read_levels(folder: Path) -> list[LevelMetrics]:
+    """The figures as they were measured; none if they were not, or by a version that wrote others."""
     types = get_type_hints(LevelMetrics)
-    levels: list[LevelMetrics] = []
-    if (folder / LEVELS_FILENAME).is_file():
-        rows = read_csv(folder / LEVELS_FILENAME)
-        levels = [LevelMetrics(**{key: types[key](value) for key, value in row.items()}) for row in rows]
-    return TrainedSAE(name, folder, None, levels)
+    if not (folder / LEVELS_FILENAME).is_file():
+        return []
+    rows = read_csv(folder / LEVELS_FILENAME)
+    if any(row.keys() != types.keys() for row in rows):
+        return []
+    return [LevelMetrics(**{key: types[key](value) for key, value in row.items()}) for row in rows]
 
 
 def mark_uncalibrated(sae: TrainingSAE[Any]) -> None:

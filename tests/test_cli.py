@@ -15,10 +15,16 @@ from sae_lens_matryoshka import (
     MatryoshkaTopKTrainingSAEConfig,
     MatryoshkaTrainingSAE,
     MatryoshkaTrainingSAEConfig,
+    trained_saes,
 )
 from sae_lens_matryoshka.cli import main
 
-QUICK = ["training_samples=2000", "eval_samples=500", "synthetic_model.orthogonalization.num_steps=5"]
+QUICK = [
+    "training_samples=2000",
+    "lr_decay_steps=0",
+    "eval_samples=500",
+    "synthetic_model.orthogonalization.num_steps=5",
+]
 
 
 def _train(*arguments: str) -> int:
@@ -91,6 +97,22 @@ def test_mistakes_are_one_sentence_and_a_non_zero_exit_code(
     assert "Traceback" not in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_queue_sees_that_measuring_has_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def breaks(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory.")
+
+    monkeypatch.setattr(trained_saes, "measure_levels", breaks)
+    assert _train("--output", str(tmp_path / "out")) == 1
+    shown = capsys.readouterr()
+    assert f"Saved to {tmp_path / 'out'}" in shown.out
+    assert (
+        "error: Not everything could be made of matryoshka, batchtopk; the warnings above say what and why."
+        in shown.err
+    )
 
 
 def test_a_non_empty_output_folder_is_refused_without_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -160,6 +160,13 @@ def test_unusable_files(tmp_path: Path):
         ({"dead_feature_window": 0}, "dead_feature_window=0 must be at least 1"),
         ({"lr_warm_up_steps": -1}, "lr_warm_up_steps=-1 must be at least 0"),
         (
+            {"training_tokens": 8192, "lr_warm_up_steps": 1, "lr_decay_steps": 2},
+            "lr_warm_up_steps=1 and lr_decay_steps=2 take more than the 2 steps of this run",
+        ),
+        ({"sae": {**RUN["sae"], "decoder_init_norm": -1}}, "sae.decoder_init_norm=-1 must be above 0"),
+        ({"sae": {**RUN["sae"], "aux_loss_coefficient": -0.5}}, "sae.aux_loss_coefficient=-0.5 must be 0 or above"),
+        ({"saes": {"a": {"decoder_init_norm": 0}}}, "saes.a.decoder_init_norm=0 must be above 0"),
+        (
             {"dataset_trust_remote_code": True},
             "dataset_trust_remote_code=True runs code .* say so yourself with --trust-remote-code",
         ),

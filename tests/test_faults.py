@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from sae_lens_matryoshka.errors import ConfigError, UserError
 from sae_lens_matryoshka.runner import train
 from sae_lens_matryoshka.training.checkpointer import Checkpointer, CheckpointOptions
 from sae_lens_matryoshka.training.manifest import write_manifest
-from tests.tiny_runs import assert_same_saes, tiny_multi_run, tiny_run
+from tests.tiny_runs import assert_same_saes, tiny_multi_run, tiny_run, tiny_sae
 
 SAMPLES: Any = {"calibration_samples": 500, "measure_samples": 500}
 
@@ -164,11 +165,36 @@ def test_activations_that_are_not_finite(
     assert f"the last checkpoint is {kept[-1]}, continue from it with --resume auto" in str(stop.value)
 
 
+def test_a_signal_before_the_first_step_stops_at_once(
+    tinystories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """There is nothing to save yet, and estimating the norm of a real model's activations takes minutes."""
+    original, seen = runner_module.fuse_adam, []
+
+    def fuse_adam(trainer: Any) -> None:
+        original(trainer)
+
+        def batches(provider: Any) -> Any:
+            for batch in provider:
+                signal.raise_signal(signal.SIGTERM)
+                seen.append(batch)
+                yield batch
+
+        trainer.data_provider = batches(trainer.data_provider)
+
+    monkeypatch.setattr(runner_module, "fuse_adam", fuse_adam)
+    sae = tiny_sae(normalize_activations="expected_average_only_in")
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_run(tinystories, tmp_path / "checkpoints", sae=sae), output=tmp_path / "out", **SAMPLES)
+    assert not seen
+    assert not _checkpoints(tmp_path / "checkpoints")
+
+
 @pytest.fixture(scope="module")
 def checkpointed(tinystories: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """A run and the folder of its three checkpoints; damage copies only."""
     folder = tmp_path_factory.mktemp("checkpointed")
-    run = tiny_run(tinystories, folder / "checkpoints", training_tokens=20 * 128, n_checkpoints=3)
+    run = tiny_run(tinystories, folder / "checkpoints", training_tokens=20 * 128, lr_decay_steps=5, n_checkpoints=3)
     train(run, output=folder / "out", **SAMPLES)
     return run, folder / "checkpoints"
 

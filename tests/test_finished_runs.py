@@ -99,6 +99,18 @@ def test_the_output_of_another_run_is_refused_as_before(
         train({**run, **changes}, output=output, resume="auto", calibration_samples=samples)
 
 
+def test_levels_are_measured_again_on_as_many_samples_as_are_asked_for(finished: Any, tmp_path: Path):
+    run, original, _ = finished["one"]
+    output = tmp_path / "out"
+    shutil.copytree(original, output)
+    weights = (output / "sae_weights.safetensors").read_bytes()
+    result = train(run, output=output, resume="auto", calibration_samples=200, measure_samples=150)
+    assert not result.was_finished
+    assert {level.n_samples for level in result.saes[0].levels} == {150}
+    assert (output / "sae_weights.safetensors").read_bytes() == weights  # neither trained nor calibrated again
+    assert train(run, output=output, resume="auto", calibration_samples=200, measure_samples=150).was_finished
+
+
 def test_force_makes_a_finished_run_again(finished: Any, tmp_path: Path):
     run, original, _ = finished["one"]
     output = tmp_path / "out"

@@ -120,6 +120,16 @@ def test_names_are_one_folder_on_every_system(name: str, form: str):
         build_runner_configs({**SYNTHETIC, "saes": saes})
 
 
+def test_names_given_from_python_are_text_or_whole_numbers():
+    assert _saes({**SYNTHETIC, "saes": {1: SAE}}).keys() == {"1"}
+    for saes, message in (
+        ({True: SAE}, "The name True in saes must be text"),
+        ({1: SAE, "1": SAE}, "Two entries of saes are called '1'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build_runner_configs({**SYNTHETIC, "saes": saes})
+
+
 @pytest.mark.parametrize(("first", "second"), [("Early", "early"), ("caf\u00e9", "cafe\u0301"), ("a", "a")])
 def test_names_that_are_one_folder_on_some_system(first: str, second: str):
     with pytest.raises(ConfigError, match=r"are the same folder on some systems|Two entries of saes are called"):

@@ -170,7 +170,9 @@ def test_saelens_own_training_is_what_it_would_be_without_us(tinystories: Path, 
 
     from sae_lens_matryoshka.config_files import build_runner_configs
 
-    run = _tinystories_run(tinystories, "training_tokens=10240", "sae.d_sae=256", "sae.matryoshka_widths=[32,256]")
+    run = _tinystories_run(
+        tinystories, "training_tokens=10240", "lr_decay_steps=0", "sae.d_sae=256", "sae.matryoshka_widths=[32,256]"
+    )
     trained = train(run, output=tmp_path / "ours", calibration_samples=0, measure_samples=2048).output
     cfg = build_runner_configs({**run, "output_path": None})
     assert isinstance(cfg, LanguageModelSAERunnerConfig)
@@ -182,7 +184,7 @@ def test_saelens_own_training_is_what_it_would_be_without_us(tinystories: Path, 
 
 
 def test_several_saes_in_one_pass(tinystories: Path, tmp_path: Path):
-    run = _tinystories_run(tinystories, "training_tokens=102400")
+    run = _tinystories_run(tinystories, "training_tokens=102400", "lr_decay_steps=10")
     sae = {**run.pop("sae"), "d_sae": 256, "matryoshka_widths": [32, 256]}
     run = {
         **{key: value for key, value in run.items() if key not in ("hook_name", "is_dataset_tokenized")},

@@ -10,7 +10,7 @@ from datasets import Dataset
 from sae_lens import PretokenizeRunner, PretokenizeRunnerConfig
 
 from sae_lens_matryoshka import runner as runner_module
-from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.errors import ConfigError, UserError
 from sae_lens_matryoshka.runner import train
 from tests.tiny_runs import assert_equal_weights, tiny_multi_run, tiny_run, trained_weights, write_jsonl
 
@@ -117,4 +117,11 @@ def test_tokens_outside_the_vocabulary_are_found_before_training(
     monkeypatch.setattr(runner_module, "fuse_adam", lambda trainer: pytest.fail("training has begun"))
     run = tiny_run(tinystories, None, dataset_path=str(tmp_path / "tokens"), streaming=streaming)
     with pytest.raises(UserError, match=r"^Row 150 of"):
+        train(run, output=tmp_path / "out")
+
+
+def test_tokens_that_the_run_file_calls_text_are_refused(tinystories: Path, tmp_path: Path):
+    Dataset.from_dict({"tokens": torch.full((20, 64), 5).tolist()}).save_to_disk(tmp_path / "tokens")
+    run = tiny_run(tinystories, None, dataset_path=str(tmp_path / "tokens"), is_dataset_tokenized=False)
+    with pytest.raises(ConfigError, match="is_dataset_tokenized=False, but the data set has a column 'tokens'"):
         train(run, output=tmp_path / "out")

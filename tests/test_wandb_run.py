@@ -13,7 +13,7 @@ from sae_lens import SAETrainer
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.runner import train
 from sae_lens_matryoshka.training.wandb_run import artifact_name
-from tests.tiny_runs import tiny_multi_run, tiny_run
+from tests.tiny_runs import tiny_multi_run, tiny_run, tiny_sae
 
 SAMPLES: Any = {"calibration_samples": 200, "measure_samples": 200}
 SHORT: Any = {
@@ -52,8 +52,18 @@ def test_a_model_folder_whose_name_wandb_refuses(tinystories: Path, tmp_path: Pa
     assert list((tmp_path / "checkpoints").glob("*/[0-9]*"))
     [logged] = _logged(tmp_path)
     for layer in ("1", "2") if make is tiny_multi_run else ("2",):
-        assert f"my_model__l_2____model.layers.{layer}_128_log_feature_sparsity".encode() in logged
+        name = {"1": "_early", "2": "_late"}[layer] if make is tiny_multi_run else ""
+        assert f"my_model__l_2____model.layers.{layer}_128{name}_log_feature_sparsity".encode() in logged
     assert b"metrics/explained_variance" in logged
+
+
+def test_artifacts_of_two_saes_on_one_hook_have_names_of_their_own(tinystories: Path, tmp_path: Path):
+    saes = {"few": tiny_sae(k=4), "many": tiny_sae(k=9)}
+    run = tiny_multi_run(tinystories, tmp_path / "checkpoints", saes=saes, hook_names="model.layers.1", **SHORT)
+    train(run, output=tmp_path / "out", **SAMPLES)
+    [logged] = _logged(tmp_path)
+    for name in saes:
+        assert f"layers.1_128_{name}_log_feature_sparsity".encode() in logged
 
 
 def test_names_that_saelens_could_use_are_its_own():

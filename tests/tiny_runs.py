@@ -17,27 +17,27 @@ from sae_lens_matryoshka.training.checkpointer import CheckpointOptions
 
 
 def tiny_run(tinystories: Path, checkpoint_path: Path | None, **changes: Any) -> dict[str, Any]:
-    """A run of 60 steps that makes a checkpoint every four.
+    """A run of 60 steps that makes a checkpoint every four; one of fewer steps has a constant learning rate.
 
     Args:
         tinystories: The folder of model and text.
         checkpoint_path: Where checkpoints go.
         **changes: Fields to add or replace; None removes one.
     """
+    is_long = changes.get("training_tokens", 60 * 128) >= 30 * 128
     run: dict[str, Any] = {
         "model_name": str(tinystories / "model"),
         "model_class_name": "AutoModelForCausalLM",
         "hook_name": "model.layers.2",
         "dataset_path": str(tinystories / "data"),
-        "is_dataset_tokenized": False,
         "streaming": False,
         "context_size": 64,
         "sae": tiny_sae(),
         "training_tokens": 60 * 128,
         "train_batch_size_tokens": 128,
         "lr": 1e-2,
-        "lr_warm_up_steps": 10,
-        "lr_decay_steps": 20,
+        "lr_warm_up_steps": 10 if is_long else 0,
+        "lr_decay_steps": 20 if is_long else 0,
         "dead_feature_window": 5,
         "feature_sampling_window": 14,
         "n_batches_in_buffer": 10,
@@ -73,7 +73,6 @@ def tiny_multi_run(tinystories: Path, checkpoint_path: Path | None, **changes: A
         **{
             "sae": None,
             "hook_name": None,
-            "is_dataset_tokenized": None,
             "verbose": None,
             "hook_names": {"early": "model.layers.1", "late": "model.layers.2"},
             "saes": {"early": tiny_sae(k=4), "late": tiny_sae(normalize_activations="expected_average_only_in")},
@@ -105,7 +104,8 @@ def write_jsonl(path: Path, rows: list[Any]) -> None:
 def trained_weights(run: dict[str, Any], output: Path, exact: bool = True) -> dict[str, Tensor]:
     """What a dozen steps of a run make of its SAEs, by the file that holds them."""
     samples: Any = {"calibration_samples": 300, "measure_samples": 300, "checkpointing": CheckpointOptions(exact=exact)}
-    folder = train({**run, "training_tokens": 12 * 128}, output=output, **samples).output
+    short: Any = {"training_tokens": 12 * 128, "lr_warm_up_steps": 0, "lr_decay_steps": 0}
+    folder = train({**run, **short}, output=output, **samples).output
     return {
         str(path.relative_to(folder)): torch.cat([tensor.flatten() for tensor in load_file(path).values()])
         for path in folder.rglob("sae_weights.safetensors")

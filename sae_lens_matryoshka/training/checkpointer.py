@@ -71,6 +71,7 @@ class Checkpointer:
         self.folder = None if trainer.cfg.checkpoint_path is None else Path(trainer.cfg.checkpoint_path)
         self.last_checkpoint = None if resumed_from is None else Path(resumed_from)
         self._interrupted = False
+        self._n_samples_before = trainer.n_training_samples
         self._save_as_saelens_does = trainer.save_checkpoint
         if self.folder is not None:
             trainer.save_checkpoint = self.save
@@ -119,7 +120,8 @@ class Checkpointer:
         Raises:
             UserError: If training stops because of a file, a data set or numbers that are not finite.
             KeyboardInterrupt: On Ctrl-C or SIGTERM, once the step in hand is finished and saved, or at once if there is
-                no ``checkpoint_path`` or it is the second.
+                no ``checkpoint_path``, nothing has been trained yet (the norm of activations is estimated first, which
+                takes its time), or it is the second.
         """
         previous = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -131,7 +133,8 @@ class Checkpointer:
                 signal.signal(number, handler)
 
     def _interrupt(self, signal_number: int, frame: FrameType | None) -> None:
-        if self.folder is None or self._interrupted:
+        nothing_to_save = self.folder is None or self.trainer.n_training_samples == self._n_samples_before
+        if nothing_to_save or self._interrupted:
             raise KeyboardInterrupt
         self._interrupted = True
         # a threshold that is always passed: the trainer saves at the end of this step, when its state is consistent

@@ -76,6 +76,25 @@ def check_context_size(cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainin
         )
 
 
+def check_is_text(cfg: "LanguageModelSAERunnerConfig[Any]", store: ActivationsStore) -> None:
+    """Refuse tokens where the run file says that the data set holds text: SAELens goes by the data set's columns.
+
+    That it is said to hold tokens is SAELens's default, so it does not count as said.
+
+    Args:
+        cfg: The run's config.
+        store: Its activation store.
+
+    Raises:
+        ConfigError: If SAELens has found tokens.
+    """
+    if store.cached_activation_dataset is None and store.is_dataset_tokenized and not cfg.is_dataset_tokenized:
+        raise ConfigError(
+            f"is_dataset_tokenized=False, but the data set has a column {store.tokens_column!r}, which is what SAELens "
+            f"trains on; set is_dataset_tokenized=true, or rename the column."
+        )
+
+
 def check_d_in(store: ActivationsStore, d_in: Mapping[str, int]) -> None:
     """Refuse a ``d_in`` that is not the width of the hook, before anything is trained.
 

@@ -49,7 +49,7 @@ def wandb_run(cfg: RunnerConfig) -> Iterator[None]:
         cfg: The runner's config. Its ``logger`` is replaced; where no run can be started, it logs nothing.
     """
     tolerance = _Tolerance()
-    cfg.logger = _TolerantLogging(cfg.logger, tolerance)
+    cfg.logger = _TolerantLogging(cfg.logger, tolerance, isinstance(cfg, MultiSAETrainingRunnerConfig))
     if cfg.logger.log_to_wandb:
         cfg.logger.log_to_wandb = _start(cfg)
     if not cfg.logger.log_to_wandb:
@@ -100,11 +100,12 @@ class _Tolerance:
 
 
 class _TolerantLogging(LoggingConfig):
-    """SAELens's logging, with artifacts called so that wandb takes them."""
+    """SAELens's logging, with artifacts called so that wandb takes them, and those of two SAEs never the same."""
 
-    def __init__(self, logging_config: LoggingConfig, tolerance: _Tolerance) -> None:
+    def __init__(self, logging_config: LoggingConfig, tolerance: _Tolerance, is_of_several: bool) -> None:
         super().__init__(**asdict(logging_config))
         self._tolerance = tolerance
+        self._is_of_several = is_of_several
 
     @override
     def log(
@@ -115,8 +116,11 @@ class _TolerantLogging(LoggingConfig):
         sparsity_path: Path | str | None,
         wandb_aliases: list[str] | None = None,
     ) -> None:
+        name = trainer.sae.get_name()
+        if self._is_of_several:  # SAELens's name is made of model, hook and width, which they may share
+            name += f"_{Path(weights_path).parent.name}"
         # SAELens calls the second artifact by the name of the first and this
-        name = artifact_name(trainer.sae.get_name(), MAX_ARTIFACT_NAME - len("_log_feature_sparsity"))
+        name = artifact_name(name, MAX_ARTIFACT_NAME - len("_log_feature_sparsity"))
         named = SimpleNamespace(sae=SimpleNamespace(get_name=lambda: name), cfg=trainer.cfg)
         self._tolerance.of(super().log)(named, weights_path, cfg_path, sparsity_path, wandb_aliases)
 

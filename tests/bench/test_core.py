@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformers import AutoTokenizer
 
 from sae_lens_matryoshka import MatryoshkaSAE
 from sae_lens_matryoshka.bench import upstream
@@ -74,6 +76,28 @@ def test_special_tokens_are_left_out_for_saes_that_were_trained_without_them(
     full_stop = source.model.tokenizer.encode(".")[-1]  # type: ignore[union-attr]
     assert loss_recovered("full_stop", [full_stop])[1] not in (asked_for[1], as_saebench[1])
     assert loss_recovered("not_followed", True, follow_training=False) == as_saebench
+
+
+def test_a_bos_that_is_the_padding_token_too_is_no_padding(tinystories: Path, tmp_path: Path, sae: MatryoshkaSAE):
+    """TransformerLens would mask it in the rows of a HookedTransformer whose tokenizer pads on the left."""
+    metrics: list[Any] = []
+    for side in ("left", "right"):
+        tokenizer = AutoTokenizer.from_pretrained(tinystories / "model")
+        torch.manual_seed(0)
+        model = HookedTransformer(
+            HookedTransformerConfig(
+                n_layers=3, d_model=64, n_ctx=64, d_head=16, d_vocab=len(tokenizer), act_fn="gelu", seed=0,
+                positional_embedding_type="rotary", model_name="random",
+            ),
+            tokenizer=tokenizer,
+        )  # fmt: skip
+        tokenizer = model.tokenizer  # TransformerLens has made its own, with defaults of its own
+        tokenizer.padding_side, tokenizer.pad_token = side, tokenizer.bos_token  # type: ignore[union-attr]
+        (path,) = Core(_config(tinystories)).run(levels("ours", sae, [2]), model, tmp_path / side)
+        assert model.tokenizer.padding_side == side  # type: ignore[union-attr]
+        written = json.loads(path.read_text())
+        metrics.append([written["eval_result_metrics"], written["eval_result_unstructured"]])
+    assert_equal(metrics[0], metrics[1])
 
 
 def _config(tinystories: Path, **settings: Any) -> CoreEvalConfig:
