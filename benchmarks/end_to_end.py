@@ -28,10 +28,11 @@ from sae_lens.config import SAETrainerConfig
 from train_step import machine
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, paper_widths
-from sae_lens_matryoshka.config_files import build_runner_configs, read_run_file
-from sae_lens_matryoshka.runner import LanguageModelRunner
-from sae_lens_matryoshka.training.checkpointer import CheckpointOptions
+from sae_lens_matryoshka.run_files.building import build_runner_configs
+from sae_lens_matryoshka.run_files.reading import read_run_file
 from sae_lens_matryoshka.training.fused_adam import fuse_adam
+from sae_lens_matryoshka.training.language_model import LanguageModelRunner
+from sae_lens_matryoshka.training.options import CheckpointOptions
 
 
 def main() -> None:

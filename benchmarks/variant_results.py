@@ -16,8 +16,8 @@ from typing import Any
 
 from train_step import machine
 
-from sae_lens_matryoshka.config_files import read_run_file
-from sae_lens_matryoshka.runner import TrainedSAE, train
+from sae_lens_matryoshka.run_files.reading import read_run_file
+from sae_lens_matryoshka.training.run import TrainedSAE, train
 
 PAGE = Path(__file__).parents[1] / "docs" / "variants.md"
 MARKERS = "<!-- results: begin -->", "<!-- results: end -->"

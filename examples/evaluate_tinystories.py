@@ -39,8 +39,8 @@ from sae_lens_matryoshka.bench.upstream import (
     ScrAndTppEvalConfig,
     SparseProbingEvalConfig,
 )
-from sae_lens_matryoshka.config_files import read_run_file
-from sae_lens_matryoshka.runner import train
+from sae_lens_matryoshka.run_files.reading import read_run_file
+from sae_lens_matryoshka.training.run import train
 
 MODEL_NAME = "stories260K"
 HOOK_NAME = "model.layers.2"

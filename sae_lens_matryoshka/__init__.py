@@ -6,34 +6,45 @@ Importing this package registers with SAELens the architectures ``matryoshka`` (
 
 from importlib.metadata import version
 
-from sae_lens_matryoshka.calibration import ThresholdCalibration, calibrate_threshold
-from sae_lens_matryoshka.level_metrics import LevelMetrics, measure_levels
-from sae_lens_matryoshka.levels import geometric_widths, paper_widths
-from sae_lens_matryoshka.prefix_sampling import PrefixSampling
-from sae_lens_matryoshka.registration import register
-from sae_lens_matryoshka.saes.matryoshka_batchtopk import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
-from sae_lens_matryoshka.saes.matryoshka_jumprelu import (
-    MatryoshkaJumpReLUTrainingSAE,
-    MatryoshkaJumpReLUTrainingSAEConfig,
-)
-from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig
-from sae_lens_matryoshka.saes.matryoshka_sae_kinds import (
-    MatryoshkaJumpReLUSAE,
-    MatryoshkaJumpReLUSAEConfig,
-    MatryoshkaStandardSAE,
-    MatryoshkaStandardSAEConfig,
-    MatryoshkaTopKSAE,
-    MatryoshkaTopKSAEConfig,
-)
-from sae_lens_matryoshka.saes.matryoshka_standard import (
-    MatryoshkaStandardTrainingSAE,
-    MatryoshkaStandardTrainingSAEConfig,
-)
-from sae_lens_matryoshka.saes.matryoshka_topk import MatryoshkaTopKTrainingSAE, MatryoshkaTopKTrainingSAEConfig
+from sae_lens_matryoshka.command_line_start import is_command_line
+
+if not is_command_line():  # which does this itself, once it is sure to need it
+    from sae_lens_matryoshka.levels import geometric_widths, paper_widths
+    from sae_lens_matryoshka.measuring.calibration import ThresholdCalibration, calibrate_threshold
+    from sae_lens_matryoshka.measuring.level_metrics import measure_levels
+    from sae_lens_matryoshka.registration import register
+    from sae_lens_matryoshka.run_files.reading import read_run_file
+    from sae_lens_matryoshka.saes.matryoshka_batchtopk import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
+    from sae_lens_matryoshka.saes.matryoshka_jumprelu import (
+        MatryoshkaJumpReLUTrainingSAE,
+        MatryoshkaJumpReLUTrainingSAEConfig,
+    )
+    from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig
+    from sae_lens_matryoshka.saes.matryoshka_sae_kinds import (
+        MatryoshkaJumpReLUSAE,
+        MatryoshkaJumpReLUSAEConfig,
+        MatryoshkaStandardSAE,
+        MatryoshkaStandardSAEConfig,
+        MatryoshkaTopKSAE,
+        MatryoshkaTopKSAEConfig,
+    )
+    from sae_lens_matryoshka.saes.matryoshka_standard import (
+        MatryoshkaStandardTrainingSAE,
+        MatryoshkaStandardTrainingSAEConfig,
+    )
+    from sae_lens_matryoshka.saes.matryoshka_topk import MatryoshkaTopKTrainingSAE, MatryoshkaTopKTrainingSAEConfig
+    from sae_lens_matryoshka.saes.prefix_sampling import PrefixSampling
+    from sae_lens_matryoshka.saved.level_figures import LevelMetrics
+    from sae_lens_matryoshka.training.options import CheckpointOptions
+    from sae_lens_matryoshka.training.run import TrainResult, train
+    from sae_lens_matryoshka.training.trained_saes import TrainedSAE
+
+    register()
 
 __version__ = version("sae-lens-matryoshka")
 
 __all__ = [
+    "CheckpointOptions",
     "LevelMetrics",
     "MatryoshkaJumpReLUSAE",
     "MatryoshkaJumpReLUSAEConfig",
@@ -53,11 +64,13 @@ __all__ = [
     "MatryoshkaTrainingSAEConfig",
     "PrefixSampling",
     "ThresholdCalibration",
+    "TrainResult",
+    "TrainedSAE",
     "calibrate_threshold",
     "geometric_widths",
     "measure_levels",
     "paper_widths",
+    "read_run_file",
     "register",
+    "train",
 ]
-
-register()

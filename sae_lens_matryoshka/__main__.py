@@ -2,6 +2,6 @@
 
 import sys
 
-from sae_lens_matryoshka.cli import main
+from sae_lens_matryoshka.cli.command_line import main
 
 sys.exit(main())

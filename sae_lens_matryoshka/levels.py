@@ -21,6 +21,10 @@ PAPER_FRACTIONS = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
 """The prefixes of the paper's Gemma-2-2B SAEs: 2048, 6144, 14336, 30720 and 65536 of 65536 latents."""
 
 
+LEVELLED_ARCHITECTURES = ("jumprelu", "topk", "standard")
+"""The SAELens architectures that Matryoshka SAEs are saved as."""
+
+
 def paper_widths(d_sae: int) -> list[int]:
     """The paper's five prefixes, 1/32, 3/32, 7/32, 15/32 and all of ``d_sae`` latents, rounded to whole latents.
 
@@ -108,16 +112,29 @@ def recorded_widths(cfg_dict: dict[str, Any]) -> list[int] | None:
     return None
 
 
-def parse_widths(text: str) -> list[int]:
-    """Widths as the command line takes them, ``2048,6144,65536``.
+def level_widths(cfg_dict: dict[str, Any], widths: Sequence[int] | None = None) -> list[int]:
+    """The level widths of an SAE: those that its config records, or those given by hand where it records none.
+
+    Args:
+        cfg_dict: Its config as ``cfg.to_dict()`` gives it.
+        widths: Widths given by hand; either may leave out the full one.
 
     Raises:
-        UserError: If they are not whole numbers separated by commas.
+        UserError: If those given are not those recorded.
+        ValueError: If there are none, or they do not fit the SAE.
     """
-    try:
-        return [int(width) for width in text.split(",")]
-    except ValueError:
-        raise UserError(f"--widths {text!r} must be whole numbers separated by commas, as 2048,6144,65536.") from None
+    recorded, d_sae = recorded_widths(cfg_dict), cfg_dict["d_sae"]
+    if widths is None and recorded is None:
+        raise ValueError(
+            f"This {cfg_dict.get('architecture')} SAE does not record its level widths. If it was trained as a "
+            f"Matryoshka SAE, pass them: widths=[..., {d_sae}]."
+        )
+    if widths is None:
+        return validate_widths(recorded or [], d_sae)
+    given = validate_widths(widths, d_sae, "widths")
+    if recorded is not None and given != list(dict.fromkeys([*recorded, d_sae])):
+        raise UserError(f"widths={list(widths)} contradict this SAE's own, {list(recorded)}; leave them out.")
+    return given
 
 
 def validate_level_weights(weights: Sequence[float], n_levels: int, field: str = "level_weights") -> list[float]:

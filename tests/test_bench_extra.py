@@ -15,7 +15,7 @@ def test_without_saebench_the_plugin_imports_and_bench_names_the_extra():
 import sys
 sys.modules["sae_bench"] = None
 import sae_lens_matryoshka
-from sae_lens_matryoshka.cli import main
+from sae_lens_matryoshka.cli.command_line import main
 raise SystemExit(main(["evaluate", "nowhere", "--output", "nowhere"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

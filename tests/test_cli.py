@@ -15,9 +15,9 @@ from sae_lens_matryoshka import (
     MatryoshkaTopKTrainingSAEConfig,
     MatryoshkaTrainingSAE,
     MatryoshkaTrainingSAEConfig,
-    trained_saes,
 )
-from sae_lens_matryoshka.cli import main
+from sae_lens_matryoshka.cli.command_line import main
+from sae_lens_matryoshka.training import trained_saes
 
 QUICK = [
     "training_samples=2000",
@@ -178,7 +178,7 @@ def test_a_damaged_file_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
     weights, _ = sae.save_inference_model(tmp_path)
     weights.write_bytes(weights.read_bytes()[:100])
     assert main(["inspect", str(tmp_path)]) == 1
-    assert "cannot be shown" in capsys.readouterr().err
+    assert "is truncated or damaged" in capsys.readouterr().err
 
 
 def test_interruption_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -9,9 +9,11 @@ from sae_lens import LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
 from sae_lens.synthetic import SyntheticSAERunnerConfig
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig, paper_widths
-from sae_lens_matryoshka.config_files import ConfigError, build_runner_configs, embedded_run_files, read_run_file
+from sae_lens_matryoshka.errors import ConfigError
 from sae_lens_matryoshka.registration import TRAINING_CLASSES
-from sae_lens_matryoshka.run_file_saes import named_saes
+from sae_lens_matryoshka.run_files.building import build_runner_configs
+from sae_lens_matryoshka.run_files.reading import embedded_run_files, read_run_file
+from sae_lens_matryoshka.run_files.saes import named_saes
 
 RUN: dict[str, Any] = {
     "model_name": "some/model",
@@ -127,7 +129,10 @@ def test_unusable_files(tmp_path: Path):
         ({"sae": {**RUN["sae"], "architecture": "matrioshka"}}, r"sae.architecture='matrioshka'.*mean 'matryoshka'\?"),
         ({"sae": {**RUN["sae"], "matryoshka_widths": [8, 8, 64]}}, r"sae: matryoshka_widths=.*8 is repeated"),
         ({"sae": {**RUN["sae"], "matryoshka_widths": "8,64"}}, r"sae.matryoshka_widths='8,64' must be list\[int\]"),
-        ({"sae": {"architecture": "matryoshka", "d_in": 8, "k": 4}}, r"sae: missing 1 required .*'d_sae'"),
+        (
+            {"sae": {"architecture": "matryoshka", "d_in": 8, "k": 4}},
+            "sae.d_sae is missing, which every matryoshka",
+        ),
         ({"sae": 3}, "sae=3 must be a mapping"),
         ({"sae": {**RUN["sae"], "device": "cpu"}}, "sae.device is not used; set device, which is the SAE's too"),
         ({"sae": {**RUN["sae"], "metadata": {}}}, "sae.metadata is not used; set nothing: the run writes it"),
@@ -199,7 +204,8 @@ def test_mistakes_in_a_language_model_run(changed: dict[str, Any], message: str)
 def test_code_of_others_runs_where_the_user_says_so():
     config = build_runner_configs({**RUN, "dataset_trust_remote_code": True}, trust_remote_code=True)
     assert config.dataset_trust_remote_code is True  # type: ignore[union-attr]
-    build_runner_configs({**RUN, "dataset_trust_remote_code": False})
+    for run in (RUN, {**RUN, "dataset_trust_remote_code": False}):
+        assert build_runner_configs(run).dataset_trust_remote_code is False  # type: ignore[union-attr]
 
 
 def test_fields_that_are_used_with_another_one_are_taken_then():

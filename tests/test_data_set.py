@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict, load_dataset
 
-from sae_lens_matryoshka.config_files import build_runner_configs
 from sae_lens_matryoshka.errors import UserError
-from sae_lens_matryoshka.runner import train
-from sae_lens_matryoshka.training.checkpointer import CheckpointOptions
-from sae_lens_matryoshka.training.data_set import open_data_set
+from sae_lens_matryoshka.run_files.building import build_runner_configs
+from sae_lens_matryoshka.text.data_set import open_data_set
+from sae_lens_matryoshka.training.options import CheckpointOptions
+from sae_lens_matryoshka.training.run import train
 from tests.tiny_runs import assert_equal_weights, tiny_multi_run, tiny_run, trained_weights, write_jsonl
 
 

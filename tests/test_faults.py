@@ -20,13 +20,14 @@ import yaml
 from filelock import FileLock
 from sae_lens import ActivationsStore, SAETrainer
 
-from sae_lens_matryoshka import runner as runner_module
-from sae_lens_matryoshka.checkpoints import find_checkpoint
-from sae_lens_matryoshka.config_files import build_runner_configs
 from sae_lens_matryoshka.errors import ConfigError, UserError
-from sae_lens_matryoshka.runner import train
-from sae_lens_matryoshka.training.checkpointer import Checkpointer, CheckpointOptions
-from sae_lens_matryoshka.training.manifest import write_manifest
+from sae_lens_matryoshka.run_files.building import build_runner_configs
+from sae_lens_matryoshka.training import language_model
+from sae_lens_matryoshka.training.options import CheckpointOptions
+from sae_lens_matryoshka.training.resuming.checkpointer import Checkpointer
+from sae_lens_matryoshka.training.resuming.checkpoints import find_checkpoint
+from sae_lens_matryoshka.training.resuming.manifest import write_manifest
+from sae_lens_matryoshka.training.run import train
 from tests.tiny_runs import assert_same_saes, tiny_multi_run, tiny_run, tiny_sae
 
 SAMPLES: Any = {"calibration_samples": 500, "measure_samples": 500}
@@ -35,7 +36,7 @@ SAMPLES: Any = {"calibration_samples": 500, "measure_samples": 500}
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[Any], None]], None]:
     """Have something happen when a training step begins; it is given the trainer."""
-    original = runner_module.fuse_adam
+    original = language_model.fuse_adam
 
     def arrange(step: int, happen: Callable[[Any], None]) -> None:
         def fuse_adam(trainer: SAETrainer[Any, Any]) -> None:
@@ -49,7 +50,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[Any], N
 
             trainer.step = step_after_it
 
-        monkeypatch.setattr(runner_module, "fuse_adam", fuse_adam)
+        monkeypatch.setattr(language_model, "fuse_adam", fuse_adam)
 
     return arrange
 
@@ -144,7 +145,7 @@ def test_activations_that_are_not_finite(
     tinystories: Path, tmp_path: Path, at_step: Any, monkeypatch: pytest.MonkeyPatch, make: Any, exact: bool
 ):
     stores: list[ActivationsStore] = []
-    monkeypatch.setattr(runner_module, "check_d_in", lambda store, d_in: stores.append(store))
+    monkeypatch.setattr(language_model, "check_d_in", lambda store, d_in: stores.append(store))
 
     def break_model(trainer: Any) -> None:
         stores[0].model.run_with_cache = partial(_broken, stores[0].model.run_with_cache)
@@ -169,7 +170,7 @@ def test_a_signal_before_the_first_step_stops_at_once(
     tinystories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """There is nothing to save yet, and estimating the norm of a real model's activations takes minutes."""
-    original, seen = runner_module.fuse_adam, []
+    original, seen = language_model.fuse_adam, []
 
     def fuse_adam(trainer: Any) -> None:
         original(trainer)
@@ -182,7 +183,7 @@ def test_a_signal_before_the_first_step_stops_at_once(
 
         trainer.data_provider = batches(trainer.data_provider)
 
-    monkeypatch.setattr(runner_module, "fuse_adam", fuse_adam)
+    monkeypatch.setattr(language_model, "fuse_adam", fuse_adam)
     sae = tiny_sae(normalize_activations="expected_average_only_in")
     with pytest.raises(KeyboardInterrupt):
         train(tiny_run(tinystories, tmp_path / "checkpoints", sae=sae), output=tmp_path / "out", **SAMPLES)

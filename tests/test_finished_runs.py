@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from sae_lens_matryoshka.checkpoints import find_checkpoint
-from sae_lens_matryoshka.cli import main
-from sae_lens_matryoshka.config_files import build_runner_configs
+from sae_lens_matryoshka.cli.command_line import main
 from sae_lens_matryoshka.errors import ConfigError
-from sae_lens_matryoshka.level_metrics import LevelMetrics
-from sae_lens_matryoshka.runner import train
+from sae_lens_matryoshka.measuring.level_metrics import LevelMetrics
+from sae_lens_matryoshka.run_files.building import build_runner_configs
+from sae_lens_matryoshka.training.resuming.checkpoints import find_checkpoint
+from sae_lens_matryoshka.training.run import train
 from tests.tiny_runs import tiny_multi_run, tiny_run, tiny_sae
 
 SAMPLES: Any = {"calibration_samples": 200, "measure_samples": 300}

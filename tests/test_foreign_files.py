@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_lens_matryoshka.cli import main
-from sae_lens_matryoshka.config_files import ConfigError, read_run_file
-from sae_lens_matryoshka.csv_tables import read_csv, write_csv
-from sae_lens_matryoshka.errors import MAX_MESSAGE, UserError
-from sae_lens_matryoshka.loading.checks import read_json
-from sae_lens_matryoshka.terminal import printable
+from sae_lens_matryoshka.cli.command_line import main
+from sae_lens_matryoshka.errors import MAX_MESSAGE, ConfigError, UserError
+from sae_lens_matryoshka.run_files.reading import read_run_file
+from sae_lens_matryoshka.saved.checks import read_json
+from sae_lens_matryoshka.untrusted.csv_tables import read_csv, write_csv
+from sae_lens_matryoshka.untrusted.terminal import printable
 from tests.conftest import random_matryoshka_sae
 
 _NINE = "[*{0},*{0},*{0},*{0},*{0},*{0},*{0},*{0},*{0}]"

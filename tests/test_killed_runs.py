@@ -13,8 +13,8 @@ import pytest
 import yaml
 from sae_lens import SAETrainer
 
-from sae_lens_matryoshka import runner as runner_module
-from sae_lens_matryoshka.runner import train
+from sae_lens_matryoshka.training import language_model
+from sae_lens_matryoshka.training.run import train
 from tests.tiny_runs import assert_same_saes, interrupt_at_step, tiny_multi_run, tiny_run, tiny_sae
 
 SAMPLES: Any = {"calibration_samples": 1000, "measure_samples": 1000}
@@ -123,7 +123,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
 
 def test_ctrl_c_twice_stops_at_once(tinystories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = tiny_run(tinystories, tmp_path / "checkpoints", n_checkpoints=0)
-    original = runner_module.fuse_adam
+    original = language_model.fuse_adam
 
     def fuse_adam(trainer: SAETrainer[Any, Any]) -> None:
         original(trainer)
@@ -134,7 +134,7 @@ def test_ctrl_c_twice_stops_at_once(tinystories: Path, tmp_path: Path, monkeypat
 
         trainer.step = twice
 
-    monkeypatch.setattr(runner_module, "fuse_adam", fuse_adam)
+    monkeypatch.setattr(language_model, "fuse_adam", fuse_adam)
     with pytest.raises(KeyboardInterrupt):
         train(run, output=tmp_path / "out", **SAMPLES)
     assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
@@ -144,7 +144,7 @@ def test_ctrl_c_twice_stops_at_once(tinystories: Path, tmp_path: Path, monkeypat
 def test_without_exact_resume_checkpoints_are_saelens_own(
     tinystories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from sae_lens_matryoshka.training.checkpointer import CheckpointOptions
+    from sae_lens_matryoshka.training.options import CheckpointOptions
 
     options = CheckpointOptions(exact=False, keep=2)
     run = tiny_run(tinystories, tmp_path / "checkpoints")

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from sae_lens_matryoshka import MatryoshkaJumpReLUSAE, MatryoshkaSAE, level_metrics, measure_levels
+from sae_lens_matryoshka import MatryoshkaJumpReLUSAE, MatryoshkaSAE, measure_levels
+from sae_lens_matryoshka.measuring import level_metrics
 from sae_lens_matryoshka.registration import TRAINING_CLASSES
 from tests.largest_array import LargestArray
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens.training.mixing_buffer import mixing_buffer
 
-from sae_lens_matryoshka.training.mixing_buffer import ResumableMixingBuffer
+from sae_lens_matryoshka.training.resuming.mixing_buffer import ResumableMixingBuffer
 
 shapes = st.tuples(
     st.integers(1, 12),  # batch

@@ -9,10 +9,10 @@ import pytest
 from filelock import FileLock, Timeout
 from sae_lens import SAE
 
-from sae_lens_matryoshka import trained_saes
 from sae_lens_matryoshka.errors import UserError
-from sae_lens_matryoshka.output_folders import MARKER_FILENAME, check_output, output_lock, staged_folder
-from sae_lens_matryoshka.runner import train
+from sae_lens_matryoshka.training import trained_saes
+from sae_lens_matryoshka.training.output_folders import MARKER_FILENAME, check_output, output_lock, staged_folder
+from sae_lens_matryoshka.training.run import train
 from tests.tiny_runs import tiny_multi_run, tiny_run
 
 SAMPLES: Any = {"calibration_samples": 300, "measure_samples": 300}

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from sae_lens_matryoshka.config_files import build_runner_configs
+from sae_lens_matryoshka.run_files.building import build_runner_configs
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

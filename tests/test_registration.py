@@ -79,7 +79,7 @@ def test_saelens_argument_parser_offers_the_architecture():
 import sys
 from unittest import mock
 import sae_lens_matryoshka
-from sae_lens_matryoshka.cli import main
+from sae_lens_matryoshka.cli.command_line import main
 import sae_lens.llm_sae_training_runner as saelens
 with mock.patch("sae_lens.load_model.load_model", side_effect=SystemExit("model wanted")):
     main(["saelens", "--architecture", "matryoshka", "--d_in", "64", "--d_sae", "256", "--k", "8",

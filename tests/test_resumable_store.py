@@ -17,11 +17,11 @@ from sae_lens import ActivationsStore
 from sae_lens.load_model import load_model
 from torch import Tensor
 
-from sae_lens_matryoshka.config_files import build_runner_configs
 from sae_lens_matryoshka.errors import UserError
-from sae_lens_matryoshka.training.checked_store import CheckedActivationsStore
-from sae_lens_matryoshka.training.data_set import open_data_set
-from sae_lens_matryoshka.training.resumable_store import ResumableActivationsStore
+from sae_lens_matryoshka.run_files.building import build_runner_configs
+from sae_lens_matryoshka.text.data_set import open_data_set
+from sae_lens_matryoshka.training.resuming.checked_store import CheckedActivationsStore
+from sae_lens_matryoshka.training.resuming.resumable_store import ResumableActivationsStore
 from tests.tiny_runs import tiny_run
 
 HOOKS = ["model.layers.1", "model.layers.2"]

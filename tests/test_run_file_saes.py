@@ -7,8 +7,9 @@ import pytest
 import yaml
 from sae_lens import MatryoshkaBatchTopKTrainingSAE, MultiSAETrainingRunnerConfig
 
-from sae_lens_matryoshka.config_files import build_runner_configs, read_run_file
 from sae_lens_matryoshka.errors import ConfigError
+from sae_lens_matryoshka.run_files.building import build_runner_configs
+from sae_lens_matryoshka.run_files.reading import read_run_file
 
 SAE: dict[str, Any] = {"architecture": "matryoshka", "d_in": 8, "d_sae": 64, "k": 4, "matryoshka_widths": [8, 64]}
 WITHOUT_K = {field: value for field, value in SAE.items() if field != "k"}

@@ -20,8 +20,10 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors.torch import load_file
 
 from sae_lens_matryoshka import MatryoshkaSAE, calibrate_threshold, measure_levels
-from sae_lens_matryoshka.config_files import ConfigError, build_runner_configs, read_run_file
-from sae_lens_matryoshka.runner import train
+from sae_lens_matryoshka.errors import ConfigError
+from sae_lens_matryoshka.run_files.building import build_runner_configs
+from sae_lens_matryoshka.run_files.reading import read_run_file
+from sae_lens_matryoshka.training.run import train
 
 SYNTHETIC: dict[str, Any] = {
     "synthetic_model": {
@@ -168,7 +170,7 @@ def test_saelens_own_training_is_what_it_would_be_without_us(tinystories: Path, 
     """Same seed and settings through SAELens's runner alone: the same weights, rounding aside."""
     from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
 
-    from sae_lens_matryoshka.config_files import build_runner_configs
+    from sae_lens_matryoshka.run_files.building import build_runner_configs
 
     run = _tinystories_run(
         tinystories, "training_tokens=10240", "lr_decay_steps=0", "sae.d_sae=256", "sae.matryoshka_widths=[32,256]"
@@ -264,7 +266,7 @@ def test_a_plot_that_cannot_be_drawn_costs_no_sae(tmp_path: Path, monkeypatch: p
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("sae_lens_matryoshka.synthetic_runs.plot_scores", fail)
+    monkeypatch.setattr("sae_lens_matryoshka.training.synthetic_model.plot_scores", fail)
     with pytest.raises(RuntimeError, match="no font"):
         train({**SYNTHETIC, "training_samples": 1000}, output=tmp_path / "out", calibration_samples=500)
     assert SAE.load_from_disk(next((tmp_path / "out").rglob("cfg.json")).parent)

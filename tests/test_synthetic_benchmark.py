@@ -7,7 +7,7 @@ import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.synthetic import ConstantFiringProbabilityConfig, HierarchyConfig, SyntheticModel, SyntheticModelConfig
 
-from sae_lens_matryoshka.synthetic_benchmark import (
+from sae_lens_matryoshka.measuring.synthetic_scores import (
     SyntheticScores,
     parents_and_children,
     plot_scores,

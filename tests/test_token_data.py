@@ -9,9 +9,9 @@ import torch
 from datasets import Dataset
 from sae_lens import PretokenizeRunner, PretokenizeRunnerConfig
 
-from sae_lens_matryoshka import runner as runner_module
 from sae_lens_matryoshka.errors import ConfigError, UserError
-from sae_lens_matryoshka.runner import train
+from sae_lens_matryoshka.training import language_model
+from sae_lens_matryoshka.training.run import train
 from tests.tiny_runs import assert_equal_weights, tiny_multi_run, tiny_run, trained_weights, write_jsonl
 
 
@@ -114,7 +114,7 @@ def test_tokens_outside_the_vocabulary_are_found_before_training(
     else:
         (tmp_path / "tokens").mkdir()
         dataset.to_parquet(tmp_path / "tokens" / "a.parquet")
-    monkeypatch.setattr(runner_module, "fuse_adam", lambda trainer: pytest.fail("training has begun"))
+    monkeypatch.setattr(language_model, "fuse_adam", lambda trainer: pytest.fail("training has begun"))
     run = tiny_run(tinystories, None, dataset_path=str(tmp_path / "tokens"), streaming=streaming)
     with pytest.raises(UserError, match=r"^Row 150 of"):
         train(run, output=tmp_path / "out")

@@ -11,10 +11,10 @@ from sae_lens import SAE, TrainingSAE
 from safetensors.torch import load_file, save_file
 
 from sae_lens_matryoshka import MatryoshkaTopKTrainingSAE, MatryoshkaTopKTrainingSAEConfig
-from sae_lens_matryoshka.config_files import build_runner_configs
 from sae_lens_matryoshka.errors import ConfigError
-from sae_lens_matryoshka.runner import train
+from sae_lens_matryoshka.run_files.building import build_runner_configs
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
+from sae_lens_matryoshka.training.run import train
 from sae_lens_matryoshka.training.training_on import load_starting_point
 from tests.tiny_runs import assert_same_saes, interrupt_at_step, tiny_multi_run, tiny_run, tiny_sae
 

@@ -10,7 +10,7 @@ from sae_lens import ActivationsStore, LanguageModelSAETrainingRunner, MultiSAET
 from sae_lens.tokenization_and_batching import _add_tokens_to_batch
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
-from sae_lens_matryoshka.config_files import NEVER_READ
+from sae_lens_matryoshka.run_files.checking import NEVER_READ
 
 
 def test_multi_sae_runner_trains_between_construction_and_saving():

@@ -11,7 +11,7 @@ import wandb
 from sae_lens import SAETrainer
 
 from sae_lens_matryoshka.errors import UserError
-from sae_lens_matryoshka.runner import train
+from sae_lens_matryoshka.training.run import train
 from sae_lens_matryoshka.training.wandb_run import artifact_name
 from tests.tiny_runs import tiny_multi_run, tiny_run, tiny_sae
 

@@ -11,9 +11,9 @@ from sae_lens import SAETrainer
 from safetensors.torch import load_file
 from torch import Tensor, equal
 
-from sae_lens_matryoshka import runner as runner_module
-from sae_lens_matryoshka.runner import train
-from sae_lens_matryoshka.training.checkpointer import CheckpointOptions
+from sae_lens_matryoshka.training import language_model
+from sae_lens_matryoshka.training.options import CheckpointOptions
+from sae_lens_matryoshka.training.run import train
 
 
 def tiny_run(tinystories: Path, checkpoint_path: Path | None, **changes: Any) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def assert_equal_weights(ours: dict[str, Tensor], expected: dict[str, Tensor]) -
 
 def interrupt_at_step(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals = signal.SIGTERM) -> None:
     """Have the process get a signal in the middle of a training step."""
-    original = runner_module.fuse_adam
+    original = language_model.fuse_adam
 
     def fuse_adam(trainer: SAETrainer[Any, Any]) -> None:
         original(trainer)
@@ -132,4 +132,4 @@ def interrupt_at_step(monkeypatch: pytest.MonkeyPatch, step: int, number: signal
 
         trainer.step = interrupted
 
-    monkeypatch.setattr(runner_module, "fuse_adam", fuse_adam)
+    monkeypatch.setattr(language_model, "fuse_adam", fuse_adam)

@@ -24,9 +24,9 @@ from sae_lens_matryoshka.bench.fingerprints import path_hash
 from sae_lens_matryoshka.bench.labelled_text import fetching
 from sae_lens_matryoshka.bench.models import Model
 from sae_lens_matryoshka.bench.upstream import CoreEvalConfig, CoreEvalOutput, core_main
-from sae_lens_matryoshka.data_files import READERS
 from sae_lens_matryoshka.errors import UserError
-from sae_lens_matryoshka.training.data_set import open_text_file
+from sae_lens_matryoshka.text.data_files import READERS
+from sae_lens_matryoshka.text.data_set import open_text_file
 
 Tokens = Int[Tensor, "batches prompts context"]
 

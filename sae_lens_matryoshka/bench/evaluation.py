@@ -32,8 +32,8 @@ from sae_lens_matryoshka.bench.upstream import (
     get_sae_lens_version,
     sae_bench_version,
 )
-from sae_lens_matryoshka.bounded import load_json
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.untrusted.bounded import load_json
 
 Config = TypeVar("Config", bound=BaseEvalConfig)
 DEFAULT_LLM_BATCH_SIZE = 32

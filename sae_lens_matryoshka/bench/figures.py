@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from sae_lens_matryoshka.bench.results import HEADLINES, headline_table
-from sae_lens_matryoshka.figure_text import text_as_it_stands
+from sae_lens_matryoshka.untrusted.figure_text import text_as_it_stands
 
 BY_WIDTH_FILENAME = "metrics_by_width.png"
 BY_L0_FILENAME = "metrics_by_l0.png"

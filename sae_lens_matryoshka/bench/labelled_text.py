@@ -11,8 +11,8 @@ import pandas as pd
 from requests import RequestException
 
 from sae_lens_matryoshka.bench.upstream import dataset_info, dataset_utils
-from sae_lens_matryoshka.data_files import check_text, read_rows, shown
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.text.data_files import check_text, read_rows, shown
 
 Texts = dict[str, list[str]]
 """Texts by class."""

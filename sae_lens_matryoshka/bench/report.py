@@ -17,9 +17,9 @@ from sae_lens_matryoshka.bench.evaluation import Evaluation
 from sae_lens_matryoshka.bench.figures import BY_L0_FILENAME, BY_WIDTH_FILENAME, plot_results
 from sae_lens_matryoshka.bench.models import Model, load_model
 from sae_lens_matryoshka.bench.results import load_results
-from sae_lens_matryoshka.csv_tables import as_text
 from sae_lens_matryoshka.errors import REPORT_BUG, UserError
-from sae_lens_matryoshka.terminal import printable
+from sae_lens_matryoshka.untrusted.csv_tables import as_text
+from sae_lens_matryoshka.untrusted.terminal import printable
 
 RESULTS_FILENAME = "results.csv"
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from sae_lens_matryoshka.bounded import load_json
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.untrusted.bounded import load_json
 
 COLUMNS = ["sae", "level", "width", "evaluation", "metric", "value", "l0"]
 

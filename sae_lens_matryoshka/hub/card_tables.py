@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sae_lens_matryoshka.bounded import is_whole_number
-from sae_lens_matryoshka.terminal import printable
+from sae_lens_matryoshka.untrusted.bounded import is_whole_number
+from sae_lens_matryoshka.untrusted.terminal import printable
 
 
 def levels_table(widths: Sequence[int], figures: Sequence[dict[str, str]]) -> str:

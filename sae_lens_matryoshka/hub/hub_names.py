@@ -6,7 +6,7 @@ import yaml
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
-from sae_lens_matryoshka.config_files import embedded_run_files
+from sae_lens_matryoshka.run_files.reading import embedded_run_files
 
 HUB_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"
 """The form of ``user/name``; a relative path of two parts has it too."""

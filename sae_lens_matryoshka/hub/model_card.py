@@ -13,10 +13,10 @@ import yaml
 from huggingface_hub import CardData, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from sae_lens_matryoshka.bounded import load_yaml
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.hub.card_tables import levels_table, literally, markdown_table, results_table, settings_table
-from sae_lens_matryoshka.loading.checks import config_as_saelens_6
+from sae_lens_matryoshka.saved.checks import config_as_saelens_6
+from sae_lens_matryoshka.untrusted.bounded import load_yaml
 
 BEGIN = "<!-- sae-lens-matryoshka:begin (this section is replaced when SAEs are pushed; write above or below it) -->"
 END = "<!-- sae-lens-matryoshka:end -->"

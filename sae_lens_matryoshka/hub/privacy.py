@@ -18,7 +18,7 @@ from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.hub.hub_names import HUB_NAME, is_known, official_model
 from sae_lens_matryoshka.hub.local_paths import is_path, last_part, without_paths
 from sae_lens_matryoshka.hub.secret_text import is_secret, without_login
-from sae_lens_matryoshka.trained_from import LOCAL_PATHS, source_names
+from sae_lens_matryoshka.saved.trained_from import LOCAL_PATHS, source_names
 
 
 @dataclass(frozen=True)

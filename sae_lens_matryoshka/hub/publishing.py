@@ -20,7 +20,7 @@ from sae_lens_matryoshka.hub.model_card import render_card
 from sae_lens_matryoshka.hub.privacy import Replacement
 from sae_lens_matryoshka.hub.saved_saes import check_sae_id, find_saved_saes
 from sae_lens_matryoshka.hub.upload_plan import UploadPlan, keep_what_stays, plan_upload
-from sae_lens_matryoshka.loading.hub_errors import hub_errors
+from sae_lens_matryoshka.saved.hub_errors import hub_errors
 
 CARD_FILENAME = "README.md"
 DEFAULT_TIMEOUT = 120.0

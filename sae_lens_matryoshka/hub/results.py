@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sae_lens_matryoshka.csv_tables import read_csv
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.hub.own_files import check_own_file
+from sae_lens_matryoshka.untrusted.csv_tables import read_csv
 
 RESULTS_FILENAME = "results.csv"
 

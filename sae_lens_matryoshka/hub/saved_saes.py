@@ -14,22 +14,22 @@ from sae_lens import SAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.synthetic import RUNNER_CONFIG_FILENAME
 
-from sae_lens_matryoshka.bounded import is_number, is_whole_number
-from sae_lens_matryoshka.csv_tables import read_csv
-from sae_lens_matryoshka.data_files import shown
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.hub.own_files import MAX_BYTES, check_own_file
 from sae_lens_matryoshka.hub.privacy import PrivacyFilter
 from sae_lens_matryoshka.levels import recorded_widths
-from sae_lens_matryoshka.loading.checks import (
+from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
+from sae_lens_matryoshka.saved.checks import (
     check_parameters,
     check_saved_sae,
     config_as_saelens_6,
     loading_errors,
     read_json,
 )
-from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
-from sae_lens_matryoshka.trained_saes import LEVELS_FILENAME
+from sae_lens_matryoshka.saved.level_figures import LEVELS_FILENAME
+from sae_lens_matryoshka.text.data_files import shown
+from sae_lens_matryoshka.untrusted.bounded import is_number, is_whole_number
+from sae_lens_matryoshka.untrusted.csv_tables import read_csv
 
 
 @dataclass(frozen=True)

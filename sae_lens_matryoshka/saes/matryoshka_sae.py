@@ -6,10 +6,10 @@ a slice of the same parameters. ``matryoshka_sae_kinds.py`` holds one class for 
 
 import copy
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -20,11 +20,10 @@ from sae_lens.util import dtype_to_str
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sae_lens_matryoshka.errors import UserError
-from sae_lens_matryoshka.levels import level_index, level_of, recorded_widths, validate_widths
-from sae_lens_matryoshka.loading.checks import check_parameters
-from sae_lens_matryoshka.loading.loaded import load_published_sae, load_saved_sae
+from sae_lens_matryoshka.levels import LEVELLED_ARCHITECTURES, level_index, level_of, level_widths, validate_widths
 from sae_lens_matryoshka.saes.plugin_sae import PluginSAE
+from sae_lens_matryoshka.saved.checks import check_parameters
+from sae_lens_matryoshka.saved.loaded import load_published_sae, load_saved_sae
 
 
 @dataclass
@@ -226,8 +225,6 @@ class MatryoshkaSAE(PluginSAE):
                 SAE.
             TypeError: If levels cannot be given to this kind of SAE.
         """
-        from sae_lens_matryoshka.saes.matryoshka_sae_kinds import KINDS  # which are subclasses of this class
-
         if isinstance(sae, TrainingSAE):
             cfg_dict = copy.deepcopy(sae.cfg.get_inference_sae_cfg_dict())
             state_dict = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
@@ -238,24 +235,15 @@ class MatryoshkaSAE(PluginSAE):
         architecture = sae.saved_architecture() if isinstance(sae, MatryoshkaSAE) else cfg_dict["architecture"]
         if architecture not in KINDS:
             raise TypeError(
-                f"Levels can be given to SAEs of the architectures {', '.join(KINDS)}, not to a {type(sae).__name__} "
+                f"Levels can be given to SAEs of the architectures {', '.join(LEVELLED_ARCHITECTURES)}, not to a {type(sae).__name__} "
                 f"(architecture {architecture!r})."
             )
-        recorded = recorded_widths(cfg_dict)
-        if widths is None:
-            widths = recorded
-        elif recorded is not None:
-            _check_equal(widths, recorded, cfg_dict["d_sae"])
-        if widths is None:
-            raise ValueError(
-                f"This {architecture} SAE does not record its level widths. If it was trained as a Matryoshka SAE, "
-                f"pass them: widths=[..., {cfg_dict['d_sae']}]."
-            )
+        widths = level_widths({**cfg_dict, "architecture": architecture}, widths)
         kind, config_class = KINDS[architecture]
         kept = {f.name: cfg_dict[f.name] for f in fields(config_class) if f.name in cfg_dict}
         kept["metadata"] = SAEMetadata.from_dict(cfg_dict["metadata"])
         kept["dtype"] = dtype_to_str(state_dict["W_dec"].dtype)
-        matryoshka_sae = kind(config_class(**{**kept, "device": "meta", "matryoshka_widths": list(widths)}))
+        matryoshka_sae = kind(config_class(**{**kept, "device": "meta", "matryoshka_widths": widths}))
         matryoshka_sae.load_state_dict(state_dict, assign=True)
         check_parameters(matryoshka_sae)
         matryoshka_sae.cfg.device = sae.cfg.device
@@ -314,7 +302,7 @@ class MatryoshkaSAE(PluginSAE):
             widths: The level widths, for SAEs published without them.
 
         Raises:
-            ValueError: If the widths are neither given, recorded nor known (:mod:`loading.known_releases`), the release
+            ValueError: If the widths are neither given, recorded nor known (:mod:`saved.known_releases`), the release
                 or id is unknown, the Hub cannot be reached, or the files are damaged or contradict each other.
         """
         return cls.from_pretrained_with_cfg_and_sparsity(
@@ -357,7 +345,22 @@ class MatryoshkaSAE(PluginSAE):
         return self.cfg.d_sae if level is None else self.widths[level_index(level, self.widths)]
 
 
-def _check_equal(widths: Sequence[int], recorded: Sequence[int], d_sae: int) -> None:
-    """Refuse widths given by hand that are not those the SAE was trained with; either may leave out the full one."""
-    if validate_widths(widths, d_sae, "widths") != list(dict.fromkeys([*recorded, d_sae])):
-        raise UserError(f"widths={list(widths)} contradict this SAE's own, {list(recorded)}; leave them out.")
+KINDS: dict[str, tuple[type[MatryoshkaSAE], type[MatryoshkaSAEConfig]]] = {}
+"""The class and config class for each SAELens architecture that Matryoshka SAEs are saved as; a kind enters itself."""
+
+
+Kind = TypeVar("Kind", bound=type[MatryoshkaSAE])
+
+
+def enter_kind(config_class: type[MatryoshkaSAEConfig]) -> Callable[[Kind], Kind]:
+    """A decorator for the subclass of one SAELens architecture.
+
+    Args:
+        config_class: Its config class.
+    """
+
+    def enter(kind: Kind) -> Kind:
+        KINDS[kind.saved_architecture()] = (kind, config_class)
+        return kind
+
+    return enter

@@ -11,7 +11,7 @@ from sae_lens.saes.topk_sae import TopK
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig
+from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig, enter_kind
 from sae_lens_matryoshka.saes.plugin_sae import PluginSAE
 
 
@@ -48,6 +48,7 @@ class MatryoshkaJumpReLUSAEConfig(MatryoshkaSAEConfig, JumpReLUSAEConfig):
         return "matryoshka"
 
 
+@enter_kind(MatryoshkaJumpReLUSAEConfig)
 class MatryoshkaJumpReLUSAE(MatryoshkaSAE, JumpReLUSAE):
     """A Matryoshka SAE trained with BatchTopK or JumpReLU. Level l's encoding is the first w_l of the full one."""
 
@@ -71,6 +72,7 @@ class MatryoshkaStandardSAEConfig(MatryoshkaSAEConfig, StandardSAEConfig):
         return "matryoshka_standard"
 
 
+@enter_kind(MatryoshkaStandardSAEConfig)
 class MatryoshkaStandardSAE(MatryoshkaSAE, StandardSAE):
     """A Matryoshka SAE trained with ReLU and L1. Level l's encoding is the first w_l of the full one."""
 
@@ -93,6 +95,7 @@ class MatryoshkaTopKSAEConfig(MatryoshkaSAEConfig, TopKSAEConfig):
         return "matryoshka_topk"
 
 
+@enter_kind(MatryoshkaTopKSAEConfig)
 class MatryoshkaTopKSAE(MatryoshkaSAE, TopKSAE):
     """A Matryoshka SAE trained with TopK.
 
@@ -139,14 +142,3 @@ class MatryoshkaTopKSAE(MatryoshkaSAE, TopKSAE):
         assert isinstance(cfg, TopKSAEConfig)
         cfg.k = min(cfg.k, width)
         return cfg
-
-
-KINDS: dict[str, tuple[type[MatryoshkaSAE], type[MatryoshkaSAEConfig]]] = {
-    kind.saved_architecture(): (kind, config_class)
-    for kind, config_class in (
-        (MatryoshkaJumpReLUSAE, MatryoshkaJumpReLUSAEConfig),
-        (MatryoshkaTopKSAE, MatryoshkaTopKSAEConfig),
-        (MatryoshkaStandardSAE, MatryoshkaStandardSAEConfig),
-    )
-}
-"""The class and config class for each SAELens architecture that Matryoshka SAEs are saved as."""

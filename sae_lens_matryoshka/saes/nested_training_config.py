@@ -9,7 +9,7 @@ from sae_lens import TrainingSAEConfig
 
 from sae_lens_matryoshka.levels import validate_level_weights, validate_widths
 from sae_lens_matryoshka.ops.nested_loss import NestedObjective
-from sae_lens_matryoshka.prefix_sampling import PrefixSampling
+from sae_lens_matryoshka.saes.prefix_sampling import PrefixSampling
 
 
 @dataclass
@@ -23,7 +23,7 @@ class NestedTrainingSAEConfig(TrainingSAEConfig):
             counts every level once, as in SAELens and arXiv:2503.17547.
         prefix_sampling (dict[str, Any] | None): Train on prefixes drawn afresh each step in place of the levels, which
             then only say what is reported and cut out: ``{n_prefixes, min_width, pareto_power, seed}``, see
-            :class:`~sae_lens_matryoshka.prefix_sampling.PrefixSampling` (Nabeshima 2024). Given in Python and in run
+            :class:`~saes.prefix_sampling.PrefixSampling` (Nabeshima 2024). Given in Python and in run
             files; SAELens's own command line cannot parse a mapping.
         stop_gradient_between_levels (bool): Each level trains only its own new latents, against what the smaller levels
             leave over. ``b_dec`` is no level's own: as what is added after decoding it follows the smallest level, as

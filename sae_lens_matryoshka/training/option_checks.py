@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens import BatchTopKTrainingSAEConfig, MultiSAETrainingRunnerConfig, TrainingSAEConfig
+from sae_lens.synthetic import SyntheticSAERunnerConfig
 
-from sae_lens_matryoshka.config_files import RunnerConfigs
 from sae_lens_matryoshka.errors import ConfigError
-from sae_lens_matryoshka.saes.matryoshka_sae_kinds import KINDS
-from sae_lens_matryoshka.training.checkpointer import CheckpointOptions
+from sae_lens_matryoshka.levels import LEVELLED_ARCHITECTURES
+from sae_lens_matryoshka.run_files.building import RunnerConfigs
+from sae_lens_matryoshka.training.options import CheckpointOptions, check_sample_numbers
 
 
 def check_samples(configs: RunnerConfigs, calibration_samples: int | None, measure_samples: int | None) -> None:
@@ -24,12 +25,7 @@ def check_samples(configs: RunnerConfigs, calibration_samples: int | None, measu
     Raises:
         ConfigError: If one of them is too small, or is positive and no SAE of the run would use it.
     """
-    for option, n_samples, least in (
-        ("--calibration-samples", calibration_samples, 0),
-        ("--measure-samples", measure_samples, 1),
-    ):
-        if n_samples is not None and n_samples < least:
-            raise ConfigError(f"{option} {n_samples} must be at least {least}.")
+    check_sample_numbers(calibration_samples, measure_samples)
     saes = _sae_configs(configs)
     names = ", ".join(sorted({sae.architecture() for sae in saes}))
     if calibration_samples and not any(isinstance(sae, BatchTopKTrainingSAEConfig) for sae in saes):
@@ -37,18 +33,20 @@ def check_samples(configs: RunnerConfigs, calibration_samples: int | None, measu
             f"--calibration-samples {calibration_samples} is for the running threshold of BatchTopK, which {names} has "
             f"none of; leave it out."
         )
-    if measure_samples and not any(sae.get_inference_config_class().architecture() in KINDS for sae in saes):
+    if measure_samples and not any(sae.get_inference_config_class().architecture() in LEVELLED_ARCHITECTURES for sae in saes):
         raise ConfigError(
-            f"--measure-samples {measure_samples} is for SAEs saved as {', '.join(KINDS)}, which {names} is not; leave "
+            f"--measure-samples {measure_samples} is for SAEs saved as {', '.join(LEVELLED_ARCHITECTURES)}, which {names} is not; leave "
             f"it out."
         )
 
 
-def check_synthetic_options(run: Mapping[str, Any], resume: str | Path | None, options: CheckpointOptions) -> None:
+def check_synthetic_options(
+    configs: Mapping[str, SyntheticSAERunnerConfig[Any]], resume: str | Path | None, options: CheckpointOptions
+) -> None:
     """Refuse what a run on a synthetic model does not use.
 
     Args:
-        run: The run file's contents.
+        configs: The run's configs.
         resume: The checkpoint to resume from, if any.
         options: What checkpoints hold and how many are kept.
 
@@ -65,11 +63,11 @@ def check_synthetic_options(run: Mapping[str, Any], resume: str | Path | None, o
             f"{', '.join(given)} cannot be used on a synthetic model, whose checkpoints are SAELens's, and all are "
             f"kept; leave it out."
         )
-    logger = run.get("logger")
-    if len(run.get("saes", ())) > 1 and isinstance(logger, Mapping) and logger.get("wandb_id") is not None:
+    wandb_id = next(iter(configs.values())).logger.wandb_id
+    if len(configs) > 1 and wandb_id is not None:
         raise ConfigError(
-            f"logger.wandb_id={logger['wandb_id']!r} is one id, but each of saes is a wandb run of its own on a "
-            f"synthetic model. --unset logger.wandb_id takes it out of the run file."
+            f"logger.wandb_id={wandb_id!r} is one id, but each of saes is a wandb run of its own on a synthetic "
+            f"model. --unset logger.wandb_id takes it out of the run file."
         )
 
 

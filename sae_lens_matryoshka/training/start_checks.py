@@ -12,8 +12,7 @@ from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig, MultiSAETra
 from sae_lens import logger as saelens_logger
 from transformers import AutoConfig
 
-from sae_lens_matryoshka.config_files import ConfigError
-from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.errors import ConfigError, UserError
 
 
 @contextmanager

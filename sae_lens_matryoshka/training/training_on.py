@@ -30,11 +30,10 @@ from torch import Tensor
 
 from sae_lens_matryoshka.errors import ConfigError, UserError
 from sae_lens_matryoshka.levels import recorded_widths
-from sae_lens_matryoshka.loading.checks import check_parameters, check_saved_sae, loading_errors, read_json
-from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
-from sae_lens_matryoshka.saes.matryoshka_sae_kinds import KINDS
+from sae_lens_matryoshka.saes.matryoshka_sae import KINDS, MatryoshkaSAE
 from sae_lens_matryoshka.saes.nested_training_sae import NestedTrainingSAE
-from sae_lens_matryoshka.training.manifest import MANIFEST_FILENAME, find_damage
+from sae_lens_matryoshka.saved.checks import check_parameters, check_saved_sae, loading_errors, read_json
+from sae_lens_matryoshka.training.resuming.manifest import MANIFEST_FILENAME, find_damage
 
 _SCALED, _WHITENED = "expected_average_only_in", "covariance_whitening"
 """Normalizations that SAELens estimates at the start of training and folds into the weights at its end."""

@@ -16,8 +16,8 @@ from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaTrainingSAE, Matryoshka
 from sae_lens_matryoshka.bench import load_results, upstream
 from sae_lens_matryoshka.bench.figures import plot_results
 from sae_lens_matryoshka.bench.results import headline_table
-from sae_lens_matryoshka.cli import main
-from sae_lens_matryoshka.csv_tables import read_csv
+from sae_lens_matryoshka.cli.command_line import main
+from sae_lens_matryoshka.untrusted.csv_tables import read_csv
 from tests.bench.fixtures import HOOK
 from tests.loading.test_dictionary_learning import fake_checkpoint
 
@@ -273,7 +273,7 @@ def test_saes_that_cannot_be_used_are_one_sentence(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sae_lens_matryoshka.bench.command.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("sae_lens_matryoshka.bench.load_model", lambda *_: pytest.fail("the model was loaded"))
     gated = GatedSAE(GatedSAEConfig(64, 24))
     gated.save_model(tmp_path / "gated")
     with torch.no_grad():

@@ -19,8 +19,8 @@ from sae_lens_matryoshka.bench.evaluated_saes import Hook, SAEView
 from sae_lens_matryoshka.bench.models import Model, load_model
 from sae_lens_matryoshka.bench.texts_alone import activations_alone, is_special, text_tokens
 from sae_lens_matryoshka.bench.word_prompts import WordPrompts
-from sae_lens_matryoshka.config_files import build_runner_configs
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.run_files.building import build_runner_configs
 from tests.conftest import real_model
 from tests.tiny_runs import tiny_run
 

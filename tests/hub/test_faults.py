@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sae_lens_matryoshka import hub
-from sae_lens_matryoshka.cli import main
+from sae_lens_matryoshka.cli.command_line import main
 from sae_lens_matryoshka.errors import UserError
 from tests.hub.conftest import save_trained_sae
 from tests.hub.local_hub import STRANGER_TOKEN, Fault, LocalHub

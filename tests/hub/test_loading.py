@@ -21,7 +21,7 @@ from safetensors.torch import save
 
 from sae_lens_matryoshka import MatryoshkaSAE, hub
 from sae_lens_matryoshka.errors import UserError
-from sae_lens_matryoshka.hub.loading import load_any
+from sae_lens_matryoshka.saes.loading import load_any
 from tests.hub.local_hub import Fault, LocalHub
 from tests.loading.test_dictionary_learning import fake_checkpoint
 

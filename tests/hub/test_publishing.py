@@ -17,7 +17,7 @@ from safetensors.torch import load, load_file, save_file
 from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, hub
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.hub.own_files import MAX_BYTES
-from sae_lens_matryoshka.runner import train
+from sae_lens_matryoshka.training.run import train
 from tests.conftest import random_matryoshka_sae
 from tests.hub.conftest import png, save_trained_sae
 from tests.hub.local_hub import LocalHub

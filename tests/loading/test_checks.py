@@ -21,7 +21,7 @@ from sae_lens_matryoshka import (
     MatryoshkaTopKTrainingSAEConfig,
     hub,
 )
-from sae_lens_matryoshka.cli import main
+from sae_lens_matryoshka.cli.command_line import main
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.hub.saved_saes import find_saved_saes
 from tests.conftest import random_matryoshka_sae

@@ -14,7 +14,7 @@ import torch
 
 from sae_lens_matryoshka import MatryoshkaSAE, hub
 from sae_lens_matryoshka.errors import UserError
-from sae_lens_matryoshka.loading.dictionary_learning import dictionary_learning_disk_loader
+from sae_lens_matryoshka.saved.dictionary_learning import dictionary_learning_disk_loader
 
 GROUP_SIZES = [3, 5, 12]
 

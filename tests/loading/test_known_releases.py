@@ -4,7 +4,7 @@ import pytest
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
 from sae_lens_matryoshka.levels import validate_widths
-from sae_lens_matryoshka.loading.known_releases import KNOWN_RELEASES, known_widths
+from sae_lens_matryoshka.saved.known_releases import KNOWN_RELEASES, known_widths
 
 
 def test_every_known_repository_is_in_saelens_directory_and_has_a_source():

@@ -1,0 +1,79 @@
+"""The figures of an SAE's levels, and the file beside a saved SAE that holds them."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+from rich.table import Table
+
+from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.untrusted.csv_tables import read_csv, write_csv
+
+LEVELS_FILENAME = "levels.csv"
+"""The table of figures in the folder of a saved SAE."""
+
+DENSE_SHARE = 0.1
+"""A latent that fires on a larger share of all samples is counted as dense."""
+
+
+@dataclass(frozen=True)
+class LevelMetrics:
+    """Figures of one level."""
+
+    level: int
+    """Index of the level, 0 the smallest."""
+
+    width: int
+    """Number of latents of the level."""
+
+    l0: float
+    """Mean number of latents of the level that fire a sample."""
+
+    fvu: float
+    """Fraction of the activations' variance that the level leaves unexplained: 1 - explained variance."""
+
+    dead: int
+    """Number of latents of the level that never fired."""
+
+    dense: int
+    """Number of latents of the level that fired on more than a tenth of the samples."""
+
+    n_samples: int
+    """Number of samples that it was measured on."""
+
+
+def write_level_figures(folder: Path, levels: Sequence[LevelMetrics]) -> None:
+    """Write the figures beside a saved SAE."""
+    write_csv(folder / LEVELS_FILENAME, [asdict(level) for level in levels])
+
+
+def read_level_figures(folder: Path) -> list[LevelMetrics]:
+    """The figures beside a saved SAE, as they were measured.
+
+    None if they were not, or if the file was cut off or holds something else: they can be measured again.
+    """
+    types = get_type_hints(LevelMetrics)
+    if not (folder / LEVELS_FILENAME).is_file():
+        return []
+    try:
+        rows = read_csv(folder / LEVELS_FILENAME)
+        return [LevelMetrics(**{key: types[key](row[key]) for key in types}) for row in rows]
+    except (UserError, KeyError, ValueError, TypeError):
+        return []
+
+
+def levels_table(levels: Sequence[LevelMetrics], title: str) -> Table:
+    """The figures as a table for people."""
+    table = Table("level", "width", "L0", "FVU", "dead", "dense", title=title)
+    for level in levels:
+        table.add_row(str(level.level), str(level.width), *figure_cells(level))
+    return table
+
+
+def figure_cells(level: LevelMetrics) -> tuple[str, str, str, str]:
+    """L0, FVU, dead and dense latents as they are shown."""
+    return (
+        f"{level.l0:.2f}", f"{level.fvu:.4f}",
+        f"{level.dead} ({level.dead / level.width:.1%})", f"{level.dense} ({level.dense / level.width:.1%})",
+    )  # fmt: skip

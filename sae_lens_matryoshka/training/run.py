@@ -1,0 +1,201 @@
+"""Training from a run file: SAELens's own runners, then a calibrated threshold and a table of the levels.
+
+The data's way: run file -> SAELens's runner config -> SAELens's runner (model, activation store, trainer) -> saved SAEs
+in their place -> thresholds calibrated on fresh activations -> figures a level. What fails after saving costs no SAE.
+"""
+
+import copy
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sae_lens import LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
+from sae_lens.constants import RUNNER_CFG_FILENAME
+from sae_lens.synthetic import RUNNER_CONFIG_FILENAME, SyntheticSAERunnerConfig
+from safetensors import SafetensorError
+
+from sae_lens_matryoshka.errors import ConfigError, UserError
+from sae_lens_matryoshka.run_files.building import RunnerConfigs, build_runner_configs, check_runner_config
+from sae_lens_matryoshka.training.language_model import language_model_runner
+from sae_lens_matryoshka.training.option_checks import check_samples, check_synthetic_options
+from sae_lens_matryoshka.training.options import CheckpointOptions
+from sae_lens_matryoshka.training.output_folders import check_apart, check_output, output_lock, staged_folder
+from sae_lens_matryoshka.training.resuming.checkpoints import find_checkpoint, sae_folders, why_not_finished
+from sae_lens_matryoshka.training.resuming.run_folder import checkpoint_folder
+from sae_lens_matryoshka.training.synthetic_model import train_on_synthetic_model, write_scores
+from sae_lens_matryoshka.training.trained_saes import (
+    DEFAULT_SAMPLES,
+    Samples,
+    SavedSAE,
+    TrainedSAE,
+    complete,
+    is_complete,
+    read_finished,
+)
+from sae_lens_matryoshka.training.training_on import StartingPoint, load_starting_point
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What :func:`train` leaves behind."""
+
+    output: Path
+    """The folder that holds everything."""
+
+    saes: list[TrainedSAE] = field(default_factory=list)
+
+    was_finished: bool = False
+    """Whether the run was resumed when everything was there already, so that nothing was done."""
+
+
+def train(
+    run: "Mapping[str, Any] | LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig | SyntheticSAERunnerConfig[Any]",  # noqa: E501
+    output: str | Path | None = None,
+    resume: str | Path | None = None,
+    force: bool = False,
+    calibration_samples: int | None = None,
+    measure_samples: int | None = None,
+    checkpointing: CheckpointOptions = CheckpointOptions(),  # noqa: B008 it is frozen
+    trust_remote_code: bool = False,
+) -> TrainResult:
+    """Train with SAELens's own runners, then calibrate and measure what has been trained.
+
+    The output folder appears when everything is trained. It holds a saved SAE (a folder of SAEs where the run has
+    several), and gets ``levels.csv`` with the figures of every level, and for synthetic models the scores and their
+    plot. Where these cannot be made, a warning and :attr:`TrainedSAE.incomplete` say how to make up for it.
+
+    Args:
+        run: A config of one of SAELens's runners, or a run file's contents (:func:`read_run_file`).
+        output: The folder to write; None takes the run's ``output_path``.
+        resume: A checkpoint folder; ``"auto"`` for the newest complete one under the run's ``checkpoint_path`` that the
+            same run has made (none: start afresh), or nothing to do if the output is there; None takes the run's
+            ``resume_from_checkpoint``. New checkpoints go beside it.
+        force: Whether a non-empty output folder may be replaced.
+        calibration_samples: Fresh activations to calibrate BatchTopK's thresholds on; 0 keeps the running threshold,
+            None takes 100,000.
+        measure_samples: Fresh activations to measure the levels on; None takes 100,000.
+        checkpointing: What checkpoints hold and how many are kept.
+        trust_remote_code: Whether code that comes with a data set may be run (SAELens's own default), and whether a run
+            file may ask for that of a model.
+
+    Raises:
+        ConfigError: If the run cannot be used, or names a model or data set that cannot be loaded.
+        UserError: If training cannot go on: a checkpoint cannot be written, a file of the data set has vanished, or
+            there are numbers that are not finite. The last checkpoint is as it was.
+        FileExistsError: If the output folder is not empty and ``force`` is not set.
+    """
+    configs = _runner_configs(run, trust_remote_code)
+    check_samples(configs, calibration_samples, measure_samples)
+    samples = Samples(*(DEFAULT_SAMPLES if n is None else n for n in (calibration_samples, measure_samples)))
+    first, *others = configs.values() if isinstance(configs, dict) else [configs]
+    output_path = _output_path(first.output_path if output is None else output)
+    for cfg in (first, *others):
+        if cfg.checkpoint_path is not None:
+            check_apart(output_path, Path(cfg.checkpoint_path))
+    if isinstance(configs, dict):
+        check_synthetic_options(configs, resume, checkpointing)
+        check_output(output_path, force)
+        with output_lock(output_path):
+            return _finish(_train_on_synthetic_model(configs, output_path, force), output_path, samples)
+    with output_lock(output_path):
+        resume = configs.resume_from_checkpoint if resume is None else resume
+        other = why_not_finished(output_path, configs, samples.calibration) if resume == "auto" else None
+        if resume != "auto" or force or other:
+            saved = _train_on_language_model(configs, output_path, resume, force, other, checkpointing)
+            return _finish(saved, output_path, samples)
+        folders = sae_folders(output_path, configs)
+        if all(is_complete(folder, measure_samples) for folder in folders.values()):
+            return TrainResult(output_path, [read_finished(*named) for named in folders.items()], was_finished=True)
+        logger.info(f"The SAEs in {output_path} are trained, and are now calibrated and measured.")
+        return _finish(language_model_runner(configs, checkpointing).saved(), output_path, samples)
+
+
+def _runner_configs(run: Any, trust_remote_code: bool) -> RunnerConfigs:
+    """The configs of a run; SAELens's own objects are copied, since training sets fields of them."""
+    if isinstance(run, Mapping):
+        return build_runner_configs(run, trust_remote_code)
+    configs = copy.copy(run)
+    check_runner_config(configs)
+    if not isinstance(configs, SyntheticSAERunnerConfig) and not trust_remote_code:
+        configs.dataset_trust_remote_code = False
+    return {"sae": configs} if isinstance(configs, SyntheticSAERunnerConfig) else configs
+
+
+def _finish(saved: list[SavedSAE], output: Path, samples: Samples) -> TrainResult:
+    """Calibrate and measure; what has been trained is safe by now."""
+    saes = [complete(sae, output, samples) for sae in saved]
+    write_scores(saes, output)
+    return TrainResult(output, saes)
+
+
+def _train_on_synthetic_model(
+    configs: dict[str, SyntheticSAERunnerConfig[Any]], output: Path, force: bool
+) -> list[SavedSAE]:
+    with staged_folder(output, force) as staging:
+        saved = train_on_synthetic_model(configs, staging)
+        _record_output_path(staging, output)
+    return saved
+
+
+def _train_on_language_model(
+    cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig",
+    output: Path,
+    resume: str | Path | None,
+    force: bool,
+    other: str | None,
+    checkpointing: CheckpointOptions,
+) -> list[SavedSAE]:
+    """Train and save; ``other`` says why what may be in the output is not what the run would write."""
+    check_output(output, force, other)
+    cfg.resume_from_checkpoint = None if resume is None else find_checkpoint(cfg, resume)
+    start = _starting_point(cfg)
+    with staged_folder(output, force) as staging, checkpoint_folder(cfg), _saving_errors(output):
+        cfg.output_path = str(staging)
+        runner = language_model_runner(cfg, checkpointing, start)
+        runner.run()
+        _record_output_path(staging, output)
+        return runner.saved()
+
+
+def _output_path(output: str | Path | None) -> Path:
+    if not output:
+        raise ConfigError(f"output_path={output!r}: train writes what it has trained; name a folder.")
+    path = Path(output)
+    return path.resolve() if ".." in path.parts else path  # a folder on the way there need not exist
+
+
+def _starting_point(cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig") -> StartingPoint | None:
+    """The SAE that a run trains on from; None if it starts a new one, or goes on from a checkpoint of its own."""
+    if isinstance(cfg, MultiSAETrainingRunnerConfig) or cfg.from_pretrained_path is None:
+        return None
+    if cfg.resume_from_checkpoint is not None:
+        return None
+    return load_starting_point(cfg.from_pretrained_path, cfg.sae)
+
+
+def _record_output_path(staging: Path, output: Path) -> None:
+    """Put the final folder in place of the temporary one in the runner configs that SAELens has written."""
+    for name in (RUNNER_CFG_FILENAME, RUNNER_CONFIG_FILENAME):
+        for path in staging.rglob(name):
+            runner_cfg = json.loads(path.read_text(encoding="utf-8"))
+            written = Path(runner_cfg["output_path"])
+            runner_cfg["output_path"] = str(output / written.relative_to(staging))
+            path.write_text(json.dumps(runner_cfg, indent=2), encoding="utf-8")
+
+
+@contextmanager
+def _saving_errors(output: Path) -> Iterator[None]:
+    """Say in one sentence that the trained SAE cannot be saved; safetensors' own error is not an OSError."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise UserError(
+            f"The trained SAE could not be saved to {output} ({error}); make room and run again, with --resume auto "
+            f"where there are checkpoints."
+        ) from error
