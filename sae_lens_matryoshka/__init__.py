@@ -7,6 +7,7 @@ Importing this package registers with SAELens the architectures ``matryoshka`` (
 from importlib.metadata import version
 
 from sae_lens_matryoshka.calibration import ThresholdCalibration, calibrate_threshold
+from sae_lens_matryoshka.in_model import for_transformer_lens, levels_in_model
 from sae_lens_matryoshka.level_metrics import LevelMetrics, measure_levels
 from sae_lens_matryoshka.levels import geometric_widths, paper_widths
 from sae_lens_matryoshka.prefix_sampling import PrefixSampling
@@ -54,7 +55,9 @@ __all__ = [
     "PrefixSampling",
     "ThresholdCalibration",
     "calibrate_threshold",
+    "for_transformer_lens",
     "geometric_widths",
+    "levels_in_model",
     "measure_levels",
     "paper_widths",
     "register",
