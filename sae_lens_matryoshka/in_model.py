@@ -105,7 +105,7 @@ def levels_in_model(
     factors = _factors(levels.widths, level, scale_levels or {})
     attached = for_transformer_lens(levels if level is None else levels.at_level(level), model)
     if scale_levels:
-        # permanent, so that run_with_hooks leaves it when it resets the model's hooks
+        # permanent, so that it stays when the caller resets the model's own hooks
         attached.hook_sae_acts_post.add_hook(partial(_scaled, factors), is_permanent=True)
     with _attached_alone(model, attached, sae.use_error_term if use_error_term is None else use_error_term):
         yield attached
