@@ -14,7 +14,11 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
+import sae_lens
 import torch
+from sae_lens import HookedSAETransformer
+from transformer_lens import HookedTransformerConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sae_lens_matryoshka import MatryoshkaJumpReLUSAE, MatryoshkaJumpReLUSAEConfig
 
@@ -35,6 +39,26 @@ def real_model(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"the real model is not at {folder}; REAL_MODELS names another folder")
     return folder
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tinystories: Path) -> PreTrainedModel:
+    """The TinyStories model itself."""
+    return AutoModelForCausalLM.from_pretrained(tinystories / "model", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def bridge(tinystories: Path) -> "sae_lens.SAETransformerBridge":
+    """The TinyStories model with SAELens's and TransformerLens's hooks."""
+    return sae_lens.SAETransformerBridge.boot_transformers(str(tinystories / "model"), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def hooked() -> HookedSAETransformer:
+    """A model of TransformerLens's own kind, two layers of width 16 with random weights."""
+    torch.manual_seed(0)
+    cfg = HookedTransformerConfig(n_layers=2, d_model=16, n_ctx=32, d_head=8, n_heads=2, d_vocab=512, act_fn="gelu")
+    return HookedSAETransformer(cfg)
 
 
 @pytest.fixture

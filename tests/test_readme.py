@@ -1,5 +1,6 @@
 """Every code block of the README does what the README says."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -72,7 +73,7 @@ def test_the_main_job_shows_the_effect_that_the_readme_reports(folder: Path):
 
 def test_python_blocks_run(folder: Path):
     for code in [code for language, code in BLOCKS if language == "python"]:
-        if ".bench" in code and find_spec("sae_bench") is None:
+        if "TINYSTORIES" in code or (".bench" in code and find_spec("sae_bench") is None):
             continue
         done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -95,6 +96,7 @@ def test_the_local_tinystories_commands_run(tinystories: Path, tmp_path: Path):
     shown = _run(inspect, tmp_path)
     assert shown.returncode == 0
     assert "hook: model.layers.2" in shown.stdout
+    _assert_levels_in_the_model_do_what_the_readme_reports(tinystories, tmp_path)
     dry_run = _run(push, tmp_path)  # offline; what pushing does is tested against a local Hub in tests/hub
     assert dry_run.returncode == 0, dry_run.stderr[-2000:]
     assert "## model.layers.2" in dry_run.stdout
@@ -105,6 +107,21 @@ def test_the_local_tinystories_commands_run(tinystories: Path, tmp_path: Path):
     assert evaluated.returncode == 0, evaluated.stderr[-2000:]
     assert "loss recovered" in evaluated.stdout
     assert (tmp_path / "runs/evaluations/metrics_by_l0.png").is_file()
+
+
+def _assert_levels_in_the_model_do_what_the_readme_reports(tinystories: Path, folder: Path) -> None:
+    (code,) = [code for language, code in BLOCKS if language == "python" and "TINYSTORIES" in code]
+    environment = {**os.environ, "TINYSTORIES": str(tinystories)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    hook, *losses = done.stdout.splitlines()
+    assert hook == "blocks.2.hook_out torch.Size([1, 403, 2048])"
+    unchanged, *levels = [[float(number) for number in line.split(": ")[1].split()] for line in losses]
+    replaced, ablated = zip(*levels, strict=True)
+    assert list(replaced) == sorted(replaced, reverse=True)
+    assert unchanged[0] < replaced[-1] < unchanged[0] + 0.3
+    assert ablated[0] > 2 * max(ablated[1:])
+    assert all(loss >= unchanged[0] for loss in ablated)
 
 
 @pytest.mark.parametrize("index", [1, 4, 5, 6])

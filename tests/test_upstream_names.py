@@ -6,10 +6,19 @@ from pathlib import Path
 
 import pytest
 import sae_lens
-from sae_lens import ActivationsStore, LanguageModelSAETrainingRunner, MultiSAETrainingRunner, SAETrainer
+from sae_lens import (
+    ActivationsStore,
+    HookedSAETransformer,
+    LanguageModelSAETrainingRunner,
+    MultiSAETrainingRunner,
+    SAETrainer,
+    SAETransformerBridge,
+)
+from sae_lens.analysis.hooked_sae_transformer import get_deep_attr
 from sae_lens.tokenization_and_batching import _add_tokens_to_batch
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
+from sae_lens_matryoshka import MatryoshkaSAE
 from sae_lens_matryoshka.run_files.checking import NEVER_READ
 
 
@@ -75,3 +84,26 @@ def test_trainers_save_a_finished_step_before_they_count_it(trainer: type):
     save_if_needed = inspect.getsource(trainer._checkpoint_if_needed)
     assert "self.n_training_samples > self.checkpoint_thresholds[0]" in save_if_needed
     assert "self.save_checkpoint(checkpoint_name=str(self.n_training_samples))" in save_if_needed
+
+
+def test_models_keep_their_attached_saes_where_they_are_put_back(
+    bridge: SAETransformerBridge, hooked: HookedSAETransformer, matryoshka_sae: MatryoshkaSAE
+):
+    assert bridge._resolve_hook_name("blocks.1.hook_resid_post") == "blocks.1.hook_out"
+    hooks: list[tuple[SAETransformerBridge | HookedSAETransformer, str]] = [
+        (bridge, "blocks.1.hook_out"),
+        (hooked, "blocks.1.hook_resid_post"),
+    ]
+    for model, name in hooks:
+        matryoshka_sae.cfg.metadata.hook_name = name
+        with model.saes([matryoshka_sae]):
+            wrapper = model._acts_to_saes[name]
+            assert get_deep_attr(model, name) is wrapper
+            assert wrapper.sae is matryoshka_sae
+            assert {f"{name}.hook_sae_input", f"{name}.hook_sae_acts_post"} <= model.hook_dict.keys()
+            if isinstance(model, SAETransformerBridge):
+                assert model._hook_registry[name] is wrapper
+                inside = {key for key in model._hook_registry if key.startswith(f"{name}.")}
+                assert inside == {f"{name}.{hook}" for hook, _ in wrapper.named_children()}
+                assert all(key.startswith(f"{name}.hook_sae_") for key in inside)
+        assert model._acts_to_saes == {}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sae_lens_matryoshka.bench.fingerprints import content_hash, module_hash
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.hook_names import block_output
 from sae_lens_matryoshka.levels import level_index
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
 
@@ -104,9 +105,7 @@ def hook_of(sae: SAE[Any], override: str | None = None) -> Hook:
         raise UserError(
             "The SAE does not record its hook; name it with hook_name, for instance blocks.2.hook_resid_post."
         )
-    block = re.fullmatch(r"(?:\w+\.)*(?:layers|h|blocks)\.([0-9]{1,6})", name)
-    if block:
-        name = f"blocks.{block[1]}.hook_resid_post"
+    name = block_output(name) or name
     layer = re.match(r"blocks\.([0-9]{1,6})\.", name)
     if layer is None:
         raise UserError(f"hook_name={name!r} is not a hook of a block; name one as blocks.2.hook_resid_post.")
