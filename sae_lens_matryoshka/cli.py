@@ -137,6 +137,9 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--hub-name", action="append", default=[], metavar="NAME",
         help="a model or data set in the configs that is on the Hub, where the SAE does not record it; repeatable",
     )  # fmt: skip
+    push.add_argument(
+        "--license", metavar="ID", help="the weights' licence for the card, such as apache-2.0 (default: as it stands)"
+    )
     push.add_argument("--dry-run", action="store_true", help="print the model card and the files, write nothing")
     _add_evaluate(commands.add_parser("evaluate", help="run SAEBench on every level of SAEs (needs the extra bench)"))
 
@@ -332,6 +335,7 @@ def _push(options: argparse.Namespace) -> None:
         results=options.results,
         levels=options.levels,
         hub_names=options.hub_name,
+        license=options.license,
         dry_run=options.dry_run,
         show=show,
     )
