@@ -2,9 +2,10 @@
 
 Everything is local and takes some ten minutes on two CPU cores:
 
-    python examples/evaluate_tinystories.py --tinystories ../shared/tinystories --output runs/evaluate_tinystories
+    python examples/evaluate_tinystories.py --tinystories $TINYSTORIES --output runs/evaluate_tinystories
 
-The folder holds a Hugging Face model in ``model/`` and stories in ``data/train.jsonl`` and ``data/validation.jsonl``.
+``get_tinystories.py`` makes the folder: a Hugging Face model in ``model/`` and stories in ``data/train.jsonl`` and
+``data/validation.jsonl``.
 Probes are trained on snippets of the former and tested on snippets of the latter. What a snippet is about is decided by
 rule.
 """

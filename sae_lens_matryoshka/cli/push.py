@@ -26,6 +26,10 @@ def add_to(commands: Any) -> None:
         "--hub-name", action="append", default=[], metavar="NAME",
         help="a model or data set in the configs that is on the Hub, where the SAE does not record it; repeatable",
     )  # fmt: skip
+    parser.add_argument(
+        "--license", metavar="ID",
+        help="your licence for the SAEs, by the Hub's identifier, as mit or cc-by-4.0 (default: what the card says)",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the model card and the files, write nothing")
     parser.set_defaults(run=run)
 
@@ -52,6 +56,7 @@ def run(options: argparse.Namespace) -> None:
         results=options.results,
         levels=options.levels,
         hub_names=options.hub_name,
+        license=options.license,
         dry_run=options.dry_run,
         show=lambda push: _show(push, options.dry_run, console),
     )

@@ -47,7 +47,13 @@ class CardEntry:
     """Whether other weights were published under the id before."""
 
 
-def render_card(existing: str | None, repo_id: str, entries: list[CardEntry], revision: str | None = None) -> str:
+def render_card(
+    existing: str | None,
+    repo_id: str,
+    entries: list[CardEntry],
+    revision: str | None = None,
+    license: str | None = None,
+) -> str:
     """The card of a repository after SAEs have been published in it.
 
     Args:
@@ -55,12 +61,14 @@ def render_card(existing: str | None, repo_id: str, entries: list[CardEntry], re
         repo_id: The repository.
         entries: The SAEs that are published.
         revision: The branch that they are published on, if it is not the main one.
+        license: The Hub's identifier of the weights' licence; None says nothing that the card does not say already.
 
     Raises:
-        UserError: If the existing card's front matter is not valid, or the marks of its section are damaged.
+        UserError: If the existing card's front matter is not valid or names another licence, or the marks of its
+            section are damaged.
     """
     if existing is None:
-        data = ModelCardData()
+        data = ModelCardData(license=license)
         _merge_front_matter(data, entries)
         section = _render_section({}, repo_id, entries, revision)
         return f"---\n{data.to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}\n\n{section}\n"
@@ -78,6 +86,7 @@ def render_card(existing: str | None, repo_id: str, entries: list[CardEntry], re
     section = _render_section(parts, repo_id, entries, revision)
     text = f"{before}{section}{after}".replace("\n", line_break)
     had = card.data.to_dict()
+    _set_license(card.data, repo_id, license)
     _merge_front_matter(card.data, entries)
     if card.data.to_dict() == had:  # then it stays as it was written, comments included
         return existing[: len(existing) - len(card.text)] + text
@@ -85,10 +94,34 @@ def render_card(existing: str | None, repo_id: str, entries: list[CardEntry], re
     return card.content
 
 
+def check_license(license: str) -> None:
+    """Check that a licence has the form of the Hub's identifiers; which there are the Hub itself decides.
+
+    Raises:
+        UserError: If it has not.
+    """
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise UserError(
+            f"{license!r} is not the Hub's identifier of a licence; those are in lower case, such as mit, apache-2.0, "
+            f"cc-by-4.0, gemma or other."
+        )
+
+
 def listed_figures(card: str | None) -> dict[str, list[str]]:
     """The paths of the figures that a card shows in the part of each SAE."""
     parts = re.findall(_PART, card or "", re.DOTALL)
     return {sae_id: re.findall(r"^!\[[^\]\n]*\]\(([^()\s]+)\)\r?$", part, re.MULTILINE) for sae_id, part in parts}
+
+
+def _set_license(data: CardData, repo_id: str, license: str | None) -> None:
+    if license is None:
+        return
+    if data.get("license") not in (None, license):
+        raise UserError(
+            f"The README.md of {repo_id} says 'license: {data.get('license')}', not {license!r}; change it there, or "
+            f"leave the licence out."
+        )
+    data["license"] = license
 
 
 def _merge_front_matter(data: CardData, entries: list[CardEntry]) -> None:

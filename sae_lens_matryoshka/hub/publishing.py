@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from huggingface_hub.utils import get_session, validate_repo_id
 
 from sae_lens_matryoshka.errors import UserError
-from sae_lens_matryoshka.hub.model_card import render_card
+from sae_lens_matryoshka.hub.model_card import check_license, render_card
 from sae_lens_matryoshka.hub.privacy import Replacement
 from sae_lens_matryoshka.hub.saved_saes import check_sae_id, find_saved_saes
 from sae_lens_matryoshka.hub.upload_plan import UploadPlan, keep_what_stays, plan_upload
@@ -92,6 +92,7 @@ def push_to_hub(
     results: str | Path | None = None,
     levels: bool = False,
     hub_names: Collection[str] = (),
+    license: str | None = None,
     dry_run: bool = False,
     token: str | None = None,
     show: Callable[[Push], None] | None = None,
@@ -114,16 +115,21 @@ def push_to_hub(
         levels: Whether to publish each level as an SAE of its own too.
         hub_names: Names of models and data sets that are on the Hub, for SAEs that do not record it; other names that
             no table knows are taken for paths, see :mod:`hub.privacy`.
+        license: The weights' licence for the card, one of the Hub's identifiers such as ``apache-2.0``. It is yours to
+            choose; None leaves what the card says, which for a new one is nothing.
         dry_run: Whether to only return what would be written; the repository is read if it can be reached.
         token: The Hub token; None takes the one that was logged in with.
         show: Called with what will be written before anything is.
         timeout: Seconds to wait for an answer of the Hub, each time. Before version 1, huggingface_hub waits for ever.
 
     Raises:
-        UserError: If there is nothing to publish at ``path`` or it is damaged, a name or id is not possible, there is
-            no token, or the Hub refuses, fails or cannot be reached. The repository is then as it was.
+        UserError: If there is nothing to publish at ``path`` or it is damaged, a name, id or licence is not possible,
+            the card names another licence, there is no token, or the Hub refuses, fails or cannot be reached. The
+            repository is then as it was.
     """
     _check_names(repo_id, sae_id, revision)
+    if license is not None:
+        check_license(license)
     token = token or get_token()
     if token is None and not dry_run:
         raise UserError("There is no Hugging Face token: log in with 'hf auth login', or set HF_TOKEN.")
@@ -133,7 +139,7 @@ def push_to_hub(
         api = HfApi(token=token)
         with _answers_within(timeout):
             repository = _look_at(api, repo_id, revision, private, dry_run, timeout)
-            push = _describe(plan, repo_id, revision, repository)
+            push = _describe(plan, repo_id, revision, repository, license)
             if show is not None:
                 show(push)
             return push if dry_run else _commit(api, plan, push, repository, private)
@@ -187,9 +193,11 @@ def _read_repository(api: HfApi, repo_id: str, revision: str | None, private: bo
     return _Repository(info.sha, files, card, new_branch)
 
 
-def _describe(plan: UploadPlan, repo_id: str, revision: str | None, repository: _Repository) -> Push:
+def _describe(
+    plan: UploadPlan, repo_id: str, revision: str | None, repository: _Repository, license: str | None
+) -> Push:
     obsolete = keep_what_stays(plan, repository.files, repository.card)
-    card = render_card(repository.card, repo_id, plan.entries, revision)
+    card = render_card(repository.card, repo_id, plan.entries, revision, license)
     return Push(
         repo_id=repo_id,
         revision=revision,

@@ -338,6 +338,7 @@ _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", r"/verify", _Handler.verify),
     ("POST", rf"/api/models/{_REPO}/commit/(.+)", _Handler.commit),
     ("GET", rf"/{_REPO}/resolve/([^/]+)/(.+)", _Handler.resolve),
+    ("GET", r"/(datasets/[\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", _Handler.resolve),
     ("GET", r"/storage/(\w+)", _Handler.download),
 ]
 

@@ -9,6 +9,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 from sae_lens_matryoshka import hub
+from sae_lens_matryoshka.cli import main
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.hub.card_tables import levels_table, markdown_table, results_table
 from sae_lens_matryoshka.hub.model_card import END, CardEntry, render_card
@@ -84,6 +85,23 @@ def test_what_a_person_wrote_stays(local_hub: LocalHub, saved_sae: Path, line_br
     hub.push_to_hub(saved_sae, "owner/saes")
     again = _published_card(local_hub)
     assert again == edited.replace("### Levels (edited)", "### Levels")
+
+
+def test_the_licence_is_what_its_owner_says(local_hub: LocalHub, saved_sae: Path):
+    hub.push_to_hub(saved_sae, "owner/saes", license="apache-2.0")
+    assert _front_matter(_published_card(local_hub))["license"] == "apache-2.0"
+    assert main(["push", str(saved_sae), "owner/saes", "--license", "apache-2.0"]) == 0
+    hub.push_to_hub(saved_sae, "owner/saes")
+    assert _front_matter(_published_card(local_hub))["license"] == "apache-2.0"
+    writes = local_hub.writes()
+    with pytest.raises(UserError, match=r"README.md of owner/saes says 'license: apache-2.0', not 'mit'"):
+        hub.push_to_hub(saved_sae, "owner/saes", license="mit")
+    with pytest.raises(UserError, match=r"'Apache 2.0' is not the Hub's identifier of a licence"):
+        hub.push_to_hub(saved_sae, "owner/saes", license="Apache 2.0")
+    assert local_hub.writes() == writes
+
+    card = render_card("---\nlibrary_name: saelens\n---\n\nMine.\n", "owner/saes", [_entry()], license="mit")
+    assert _front_matter(card)["license"] == "mit"
 
 
 def test_an_sae_pushed_later_joins_the_others_in_natural_order():
