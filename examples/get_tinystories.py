@@ -26,7 +26,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sae_lens_matryoshka.errors import UserError
-from sae_lens_matryoshka.loading.hub_errors import hub_errors
+from sae_lens_matryoshka.saved.hub_errors import hub_errors
 
 MODEL_REPOSITORY = "karpathy/tinyllamas"
 MODEL_REVISION = "0bd21da7698eaf29a0d7de3992de8a46ef624add"

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from sae_lens_matryoshka.command_line_start import is_command_line
 
 if not is_command_line():  # which does this itself, once it is sure to need it
-    from sae_lens_matryoshka.in_model import for_transformer_lens, levels_in_model
+    from sae_lens_matryoshka.in_model.attaching import for_transformer_lens, levels_in_model
     from sae_lens_matryoshka.levels import geometric_widths, paper_widths
     from sae_lens_matryoshka.measuring.calibration import ThresholdCalibration, calibrate_threshold
     from sae_lens_matryoshka.measuring.level_metrics import measure_levels

@@ -21,8 +21,8 @@ PAPER_FRACTIONS = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
 """The prefixes of the paper's Gemma-2-2B SAEs: 2048, 6144, 14336, 30720 and 65536 of 65536 latents."""
 
 
-LEVELLED_ARCHITECTURES = ("jumprelu", "topk", "standard")
-"""The SAELens architectures that Matryoshka SAEs are saved as."""
+SAVED_AS = {"jumprelu": "matryoshka", "topk": "matryoshka_topk", "standard": "matryoshka_standard"}
+"""The SAELens architectures that trained Matryoshka SAEs are saved as, and ours that they are with their levels."""
 
 
 def paper_widths(d_sae: int) -> list[int]:

@@ -158,6 +158,7 @@ def table_text() -> str:
     lines = [
         '"""SAELens\'s configs in one version; written by ``python -m sae_lens_matryoshka.saelens_fields``."""',
         "",
+        "from collections.abc import Mapping",
         "from typing import Any, Literal",
         "",
         "from sae_lens_matryoshka.saelens_fields import OBJECT, ConfigField, Nested",
@@ -187,7 +188,7 @@ def _hint_text(hint: Any) -> str:
         return f"Literal[{', '.join(map(repr, get_args(hint)))}]".replace("'", '"')
     if isinstance(hint, type) and not get_args(hint):
         return hint.__name__
-    if get_args(hint) and get_origin(hint) in (dict, list, tuple):
+    if get_args(hint) and get_origin(hint) in (dict, list, tuple, Mapping):
         arguments = ", ".join("..." if a is Ellipsis else _hint_text(a) for a in get_args(hint))
         return f"{get_origin(hint).__name__}[{arguments}]"  # type: ignore[union-attr]
     if get_args(hint):  # a union, in whichever of its two forms

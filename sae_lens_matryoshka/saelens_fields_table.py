@@ -1,5 +1,6 @@
 """SAELens's configs in one version; written by ``python -m sae_lens_matryoshka.saelens_fields``."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from sae_lens_matryoshka.saelens_fields import OBJECT, ConfigField, Nested
@@ -73,7 +74,7 @@ CONFIGS: dict[str, dict[str, ConfigField]] = {
     },
     "MultiSAETrainingRunnerConfig": {
         "saes": ConfigField(OBJECT),
-        "hook_names": ConfigField(str | str | str),
+        "hook_names": ConfigField(Mapping[str, str] | str),
         "hook_head_indices": ConfigField(dict[str, int | None] | int | None, None),
         "model_name": ConfigField(str, "gelu-2l"),
         "model_class_name": ConfigField(str, "HookedTransformer"),
@@ -617,6 +618,19 @@ SAVED: dict[str, dict[str, ConfigField]] = {
         "metadata": ConfigField(OBJECT, OBJECT),
         "matryoshka_widths": ConfigField(list[int], OBJECT),
     },
+    "matryoshka_standard": {
+        "d_in": ConfigField(int),
+        "d_sae": ConfigField(int),
+        "dtype": ConfigField(str, "float32"),
+        "device": ConfigField(str, "cpu"),
+        "apply_b_dec_to_input": ConfigField(bool, True),
+        "normalize_activations": ConfigField(
+            Literal["none", "expected_average_only_in", "layer_norm", "covariance_whitening"], "none"
+        ),
+        "reshape_activations": ConfigField(Literal["none", "hook_z"], "none"),
+        "metadata": ConfigField(OBJECT, OBJECT),
+        "matryoshka_widths": ConfigField(list[int], OBJECT),
+    },
     "matryoshka_topk": {
         "d_in": ConfigField(int),
         "d_sae": ConfigField(int),
@@ -630,19 +644,6 @@ SAVED: dict[str, dict[str, ConfigField]] = {
         "metadata": ConfigField(OBJECT, OBJECT),
         "k": ConfigField(int, 100),
         "rescale_acts_by_decoder_norm": ConfigField(bool, False),
-        "matryoshka_widths": ConfigField(list[int], OBJECT),
-    },
-    "matryoshka_standard": {
-        "d_in": ConfigField(int),
-        "d_sae": ConfigField(int),
-        "dtype": ConfigField(str, "float32"),
-        "device": ConfigField(str, "cpu"),
-        "apply_b_dec_to_input": ConfigField(bool, True),
-        "normalize_activations": ConfigField(
-            Literal["none", "expected_average_only_in", "layer_norm", "covariance_whitening"], "none"
-        ),
-        "reshape_activations": ConfigField(Literal["none", "hook_z"], "none"),
-        "metadata": ConfigField(OBJECT, OBJECT),
         "matryoshka_widths": ConfigField(list[int], OBJECT),
     },
 }

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae_lens_matryoshka.bench.fingerprints import content_hash, module_hash
 from sae_lens_matryoshka.errors import UserError
-from sae_lens_matryoshka.hook_names import block_output
+from sae_lens_matryoshka.in_model.hook_names import block_output
 from sae_lens_matryoshka.levels import level_index
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
 

@@ -20,7 +20,7 @@ from sae_lens.util import dtype_to_str
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sae_lens_matryoshka.levels import LEVELLED_ARCHITECTURES, level_index, level_of, level_widths, validate_widths
+from sae_lens_matryoshka.levels import SAVED_AS, level_index, level_of, level_widths, validate_widths
 from sae_lens_matryoshka.saes.plugin_sae import PluginSAE
 from sae_lens_matryoshka.saved.checks import check_parameters
 from sae_lens_matryoshka.saved.loaded import load_published_sae, load_saved_sae
@@ -235,8 +235,8 @@ class MatryoshkaSAE(PluginSAE):
         architecture = sae.saved_architecture() if isinstance(sae, MatryoshkaSAE) else cfg_dict["architecture"]
         if architecture not in KINDS:
             raise TypeError(
-                f"Levels can be given to SAEs of the architectures {', '.join(LEVELLED_ARCHITECTURES)}, not to a {type(sae).__name__} "
-                f"(architecture {architecture!r})."
+                f"Levels can be given to SAEs of the architectures {', '.join(SAVED_AS)}, not to a "
+                f"{type(sae).__name__} (architecture {architecture!r})."
             )
         widths = level_widths({**cfg_dict, "architecture": architecture}, widths)
         kind, config_class = KINDS[architecture]

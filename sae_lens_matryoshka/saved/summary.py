@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_lens_matryoshka.errors import UserError
-from sae_lens_matryoshka.levels import LEVELLED_ARCHITECTURES, level_widths
+from sae_lens_matryoshka.levels import SAVED_AS, level_widths
 from sae_lens_matryoshka.saved.checks import (
     CFG_FILENAME,
     WEIGHTS_FILENAME,
@@ -100,11 +100,10 @@ def summarize(
         UserError: If its architecture has no levels.
         ValueError: If the widths are neither given nor recorded, contradict those, or do not fit the SAE.
     """
-    architecture = cfg["architecture"]
-    if architecture not in LEVELLED_ARCHITECTURES:
-        raise UserError(
-            f"SAEs of the architectures {', '.join(LEVELLED_ARCHITECTURES)} have levels, not those of {architecture!r}."
-        )
+    plain = {ours: plain for plain, ours in SAVED_AS.items()}
+    architecture = plain.get(cfg["architecture"], cfg["architecture"])
+    if architecture not in SAVED_AS:
+        raise UserError(f"SAEs of the architectures {', '.join(SAVED_AS)} have levels, not those of {architecture!r}.")
     widths = level_widths(cfg, widths)
     fitting = [level.width for level in figures] == widths
     return SAESummary(architecture, cfg, widths, threshold, list(figures) if fitting else [])

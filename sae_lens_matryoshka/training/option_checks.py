@@ -9,7 +9,7 @@ from sae_lens import BatchTopKTrainingSAEConfig, MultiSAETrainingRunnerConfig, T
 from sae_lens.synthetic import SyntheticSAERunnerConfig
 
 from sae_lens_matryoshka.errors import ConfigError
-from sae_lens_matryoshka.levels import LEVELLED_ARCHITECTURES
+from sae_lens_matryoshka.levels import SAVED_AS
 from sae_lens_matryoshka.run_files.building import RunnerConfigs
 from sae_lens_matryoshka.training.options import CheckpointOptions, check_sample_numbers
 
@@ -33,10 +33,10 @@ def check_samples(configs: RunnerConfigs, calibration_samples: int | None, measu
             f"--calibration-samples {calibration_samples} is for the running threshold of BatchTopK, which {names} has "
             f"none of; leave it out."
         )
-    if measure_samples and not any(sae.get_inference_config_class().architecture() in LEVELLED_ARCHITECTURES for sae in saes):
+    if measure_samples and not any(sae.get_inference_config_class().architecture() in SAVED_AS for sae in saes):
         raise ConfigError(
-            f"--measure-samples {measure_samples} is for SAEs saved as {', '.join(LEVELLED_ARCHITECTURES)}, which {names} is not; leave "
-            f"it out."
+            f"--measure-samples {measure_samples} is for SAEs saved as {', '.join(SAVED_AS)}, which {names} is "
+            f"not; leave it out."
         )
 
 

@@ -13,7 +13,7 @@ from sae_lens.constants import SPARSITY_FILENAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae_lens_matryoshka.levels import LEVELLED_ARCHITECTURES, recorded_widths
+from sae_lens_matryoshka.levels import SAVED_AS, recorded_widths
 from sae_lens_matryoshka.measuring.calibration import ThresholdCalibration, calibrate_threshold
 from sae_lens_matryoshka.measuring.level_metrics import measure_levels
 from sae_lens_matryoshka.measuring.synthetic_scores import SyntheticScores
@@ -131,7 +131,7 @@ def is_complete(path: Path, measure_samples: int | None = None) -> bool:
         measure_samples: On how many samples it must have been measured; None takes any number.
     """
     cfg = read_config(path)
-    if cfg["architecture"] not in LEVELLED_ARCHITECTURES:
+    if cfg["architecture"] not in SAVED_AS:
         return True
     levels = read_level_figures(path)
     is_measured = bool(levels) and all(measure_samples in (None, level.n_samples) for level in levels)
@@ -170,7 +170,7 @@ def keep_configs_of_run(saes: Iterable[TrainingSAE[Any]]) -> None:
 def _measure_saved(path: Path, saved: SavedSAE, n_samples: int) -> list[LevelMetrics]:
     """Measure what was saved, read back as a user would, and write the figures beside it."""
     sae = SAE.load_from_disk(path, device=saved.device)
-    if sae.cfg.architecture() not in LEVELLED_ARCHITECTURES:
+    if sae.cfg.architecture() not in SAVED_AS:
         return []
     widths = recorded_widths(sae.cfg.to_dict()) or [sae.cfg.d_sae]
     levels = measure_levels(MatryoshkaSAE.from_sae(sae, widths), saved.activations(), n_samples)

@@ -9,7 +9,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 from sae_lens_matryoshka import hub
-from sae_lens_matryoshka.cli import main
+from sae_lens_matryoshka.cli.command_line import main
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.hub.card_tables import levels_table, markdown_table, results_table
 from sae_lens_matryoshka.hub.model_card import END, CardEntry, render_card

@@ -15,7 +15,7 @@ from sae_lens.analysis.hooked_sae_transformer import get_deep_attr, set_deep_att
 from torch import Tensor, nn
 
 from sae_lens_matryoshka.errors import UserError
-from sae_lens_matryoshka.hook_names import ModelWithSAEs, hook_name_in, transformer_lens_name
+from sae_lens_matryoshka.in_model.hook_names import ModelWithSAEs, hook_name_in, transformer_lens_name
 from sae_lens_matryoshka.levels import level_index
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
 
