@@ -169,7 +169,29 @@ def test_unusable_files(tmp_path: Path):
             "lr_warm_up_steps=1 and lr_decay_steps=2 take more than the 2 steps of this run",
         ),
         ({"sae": {**RUN["sae"], "decoder_init_norm": -1}}, "sae.decoder_init_norm=-1 must be above 0"),
-        ({"sae": {**RUN["sae"], "aux_loss_coefficient": -0.5}}, "sae.aux_loss_coefficient=-0.5 must be 0 or above"),
+        ({"sae": {**RUN["sae"], "aux_loss_coefficient": -0.5}}, "sae.aux_loss_coefficient=-0.5 must be at least 0"),
+        ({"lr": True}, "lr=True must be float"),
+        ({"seed": True}, "seed=True must be int"),
+        ({"seed": 2**64}, "seed=18446744073709551616 is too large"),
+        ({"context_size": 10**30}, "context_size=1000000000000000000000000000000 is too large"),
+        ({"lr_scheduler_name": "cosine"}, "lr_scheduler_name='cosine' must be one of constant, cosineannealing"),
+        ({"dtype": "abc"}, "dtype='abc' must be one of float32"),
+        ({"checkpoint_path": ""}, "checkpoint_path='' is the root of all folders"),
+        ({"activations_mixing_fraction": 2.0}, "activations_mixing_fraction=2.0 must be from 0 to 1"),
+        ({"n_eval_batches": 0}, "n_eval_batches=0 must be at least 1"),
+        ({"logger": {"wandb_log_frequency": 0}}, "logger.wandb_log_frequency=0 must be at least 1"),
+        ({"use_cached_activations": True, "cached_activations_path": "./no"}, "cached_activations_path='./no' looks"),
+        ({"sae": {**RUN["sae"], "d_in": -1}}, "sae.d_in=-1 must be at least 1"),
+        ({"sae": {**RUN["sae"], "k": 1e-6}}, "sae.k=1e-06 of train_batch_size_tokens=4096 samples is less than one"),
+        ({"sae": {**RUN["sae"], "topk_threshold_lr": float("nan")}}, "sae.topk_threshold_lr=nan must be from 0 to 1"),
+        (
+            {"sae": {"architecture": "jumprelu", "d_in": 8, "d_sae": 64, "jumprelu_init_threshold": 0}},
+            "sae.jumprelu_init_threshold=0 must be above 0",
+        ),
+        (
+            {"sae": {"architecture": "standard", "d_in": 8, "d_sae": 64, "l1_warm_up_steps": 1000}},
+            "sae.l1_warm_up_steps=1000 take more than the 488 steps of this run",
+        ),
         ({"saes": {"a": {"decoder_init_norm": 0}}}, "saes.a.decoder_init_norm=0 must be above 0"),
         (
             {"dataset_trust_remote_code": True},
@@ -225,6 +247,15 @@ def test_a_run_without_an_sae():
         ({"hierarchy": {"total_roots": 2}}, r"synthetic_model.hierarchy.total_roots .* 'total_root_nodes'\?"),
         ({"hierarchy": {"branching_factor": 1}}, "synthetic_model: branching_factor must be at least 2"),
         ({"firing_probability": {"generator_name": "zipf"}}, "synthetic_model: .*zipf"),
+        (
+            {"firing_probability": {"probability": 2}},
+            "firing_probability.probability=2 must be above 0",
+        ),
+        ({"mean_firing_magnitudes": -1}, "synthetic_model.mean_firing_magnitudes=-1 must be above 0"),
+        ({"std_firing_magnitudes": float("nan")}, "synthetic_model.std_firing_magnitudes=nan must be at least 0"),
+        ({"orthogonalization": {"num_steps": -1}}, "synthetic_model.orthogonalization.num_steps=-1 must be at least 0"),
+        ({"hierarchy": {"total_root_nodes": 1000}}, "total_root_nodes=1000 are more than num_features=20"),
+        ({"dtype": "abc"}, "synthetic_model.dtype='abc' must be one of"),
     ],
 )
 def test_mistakes_in_a_synthetic_run(changed: dict[str, Any], message: str):
@@ -256,3 +287,24 @@ def test_saes_by_list_or_mapping_and_any_architecture():
     by_name = build_runner_configs({**shared, "saes": {"a": RUN["sae"]}, "hook_names": {"a": "h"}})
     assert isinstance(by_name, MultiSAETrainingRunnerConfig)
     assert list(by_name.saes) == ["a"]
+
+
+def test_paths_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    run = {**RUN, "model_name": "~/model", "output_path": "~/out", "checkpoint_path": "~/checkpoints"}
+    cfg = build_runner_configs(run)
+    assert isinstance(cfg, LanguageModelSAERunnerConfig)
+    assert (cfg.model_name, cfg.output_path) == (str(tmp_path / "model"), str(tmp_path / "out"))
+    assert Path(cfg.checkpoint_path or "").parent == tmp_path / "checkpoints"
+    with pytest.raises(ConfigError, match=r"model_name='.*/nowhere' looks like a local path, but nothing is there"):
+        build_runner_configs({**run, "model_name": "~/nowhere"})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("10", 10), ("1_000", 1000), ("0x1f", 31), ("-3", -3), ("3e-4", 3e-4), ("1.5", 1.5), (".5", 0.5), ("1.", 1.0),
+     (".inf", float("inf")), ("010", "010"), ("1:30:00", "1:30:00"), ("true", True), ("null", None)],
+)  # fmt: skip
+def test_numbers_are_those_of_yaml_1_2(text: str, value: object):
+    assert read_run_file("synthetic", [f"seed={text}"])["seed"] == value

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,12 @@ def test_force_replaces_what_a_run_has_written_and_nothing_else(tmp_path: Path):
     with pytest.raises(FileExistsError, match=r"holds what no run has written \(notes\.txt\); move it away"):
         _write(output, "third", force=True)
     (output / "notes.txt").unlink()
-    (output / ".calibrating-abc").mkdir()  # of a killed run
-    (output / ".calibrating-abc" / "cfg.json").touch()
+    (output / ".calibrating-abcd1234").mkdir()  # of a killed run
+    (output / ".calibrating-abcd1234" / "cfg.json").touch()
     _write(output, "third", force=True)
 
-    _write(output / "inner", "another run")
+    _write(tmp_path / "another", "another run")
+    (tmp_path / "another").rename(output / "inner")
     with pytest.raises(FileExistsError, match=r"holds other runs or their checkpoints \(inner\)"):
         _write(output, "fourth", force=True)
     (tmp_path / "theirs").mkdir()
@@ -68,6 +70,37 @@ def test_force_replaces_what_a_run_has_written_and_nothing_else(tmp_path: Path):
     with pytest.raises(FileExistsError, match=f"is not one that this version has written .no {MARKER_FILENAME}"):
         _write(tmp_path / "theirs", "mine", force=True)
     assert (tmp_path / "theirs" / "thesis.tex").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("kind", ["link", "empty folder", "scores", "file called as ours"])
+def test_whatever_a_run_has_not_written_is_somebodys(kind: str, tmp_path: Path):
+    output = tmp_path / "out"
+    _write(output, "first")
+    (tmp_path / "elsewhere").mkdir()
+    if kind == "link":
+        (output / "link").symlink_to(tmp_path / "elsewhere")
+    elif kind == "empty folder":
+        (output / "mine").mkdir()
+    elif kind == "scores":  # only runs on synthetic models write such a file
+        (output / "scores.csv").write_text("mine")
+    else:
+        (output / ".calibrating-my-notes").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds what no run has written"):
+        _write(output, "second", force=True)
+    assert len(list(output.iterdir())) == 3
+
+
+def test_outputs_do_not_lie_in_each_other(tmp_path: Path):
+    outer, inner = tmp_path / "out", tmp_path / "out" / "deep" / "inner"
+    with (
+        ThreadPoolExecutor(1) as other_run,
+        output_lock(outer),
+        pytest.raises(FileExistsError, match=r"lies in .*/out,"),
+    ):
+        other_run.submit(_write, inner, "while the outer is trained").result()
+    _write(outer, "first")
+    with pytest.raises(FileExistsError, match=r"lies in .*/out, the output of another run"):
+        _write(inner, "after it")
 
 
 def test_after_an_error_the_old_output_stands_and_what_was_trained_is_named(

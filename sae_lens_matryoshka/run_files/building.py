@@ -13,7 +13,7 @@ from sae_lens.synthetic import SyntheticModelConfig, SyntheticSAERunnerConfig, Z
 from sae_lens_matryoshka.devices import resolve_device
 from sae_lens_matryoshka.errors import ConfigError
 from sae_lens_matryoshka.run_files.checking import CheckedRun, check_language_model_run, check_run_file
-from sae_lens_matryoshka.run_files.numbers import check_run_numbers, check_sae_numbers
+from sae_lens_matryoshka.run_files.numbers import check_run_numbers, check_sae_in_run, check_sae_numbers
 
 RunnerConfig: TypeAlias = (
     "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig | SyntheticSAERunnerConfig[Any]"
@@ -73,6 +73,7 @@ def check_runner_config(cfg: RunnerConfig) -> None:
     saes = {"sae": cfg.sae} if not isinstance(cfg, MultiSAETrainingRunnerConfig) else cfg.saes
     for name, sae in saes.items():
         check_sae_numbers(vars(sae), f"{name}.{{}}".format)
+        check_sae_in_run(vars(sae), values, f"{name}.{{}}".format)
     if not isinstance(cfg, SyntheticSAERunnerConfig):
         check_language_model_run(values)
     _resolve_devices(values)

@@ -8,12 +8,17 @@ import copy
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from sae_lens_matryoshka.errors import ConfigError
-from sae_lens_matryoshka.run_files.numbers import check_run_numbers, check_sae_numbers
+from sae_lens_matryoshka.run_files.numbers import (
+    check_run_numbers,
+    check_sae_in_run,
+    check_sae_numbers,
+    check_synthetic_numbers,
+)
 from sae_lens_matryoshka.run_files.saes import SAEFields, named_saes, why_no_folder
 from sae_lens_matryoshka.saelens_fields import OBJECT, REQUIRED, Fields, Nested, tables
 
@@ -99,6 +104,7 @@ def check_run_file(run: Mapping[str, Any], trust_remote_code: bool = False) -> C
             "SyntheticModelConfig",
             "synthetic_model.{}".format,
         )
+        check_synthetic_numbers(values["synthetic_model"])
     elif not isinstance(values.get("synthetic_model", ""), str):
         raise ConfigError(
             f"synthetic_model={values['synthetic_model']!r} must be a mapping, a path or a Hub repository."
@@ -106,12 +112,28 @@ def check_run_file(run: Mapping[str, Any], trust_remote_code: bool = False) -> C
     if "logger" in values:
         values["logger"] = _mapping(values["logger"], "logger", "LoggingConfig")
         _check_fields(values["logger"], tables().configs["LoggingConfig"], "LoggingConfig", "logger.{}".format)
+    _expand_home(values)
     everything = {name: field.default for name, field in fields.items()} | values
     check_run_numbers(everything)
+    for sae in saes.values():
+        check_sae_in_run(sae.values, everything, f"{sae.field}.{{}}".format)
     if config != "SyntheticSAERunnerConfig":
         check_language_model_run(everything)
         values.setdefault("dataset_trust_remote_code", False)  # SAELens's default is to run what comes with a data set
     return CheckedRun(config, values, saes)
+
+
+def _expand_home(values: dict[str, Any]) -> None:
+    """Paths that begin with ``~`` are in the home folder, in every field that can name one."""
+    for field in _PATHS & values.keys():
+        if isinstance(values[field], str) and values[field].startswith("~"):
+            values[field] = str(Path(values[field]).expanduser())
+
+
+_PATHS = frozenset((
+    "model_name", "dataset_path", "output_path", "checkpoint_path", "from_pretrained_path", "cached_activations_path",
+    "resume_from_checkpoint", "synthetic_model",
+))  # fmt: skip
 
 
 def check_language_model_run(values: Mapping[str, Any]) -> None:
@@ -123,8 +145,8 @@ def check_language_model_run(values: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: If there is something.
     """
-    for field in ("model_name", "dataset_path"):
-        value = values[field]
+    for field in ("model_name", "dataset_path", "cached_activations_path"):
+        value = values.get(field)
         is_path = isinstance(value, str) and value.startswith(("/", "./", "../", "~"))
         if is_path and not Path(value).expanduser().exists():
             raise ConfigError(f"{field}={value!r} looks like a local path, but nothing is there.")
@@ -223,16 +245,27 @@ def _check_fields(values: dict[str, Any], fields: Fields, config: str, name: Cal
             continue  # SAELens's own objects, built and checked field by field elsewhere
         if isinstance(value, list) and "tuple" in str(hint):
             values[key] = value = tuple(value)
+        if isinstance(value, bool) and not _takes_bool(hint):
+            raise ConfigError(f"{name(key)}={value!r} must be {_expected(hint)}.")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ConfigError(f"{name(key)}={value!r} is too large a number.")
         if hint is int and isinstance(value, float) and value.is_integer():
             values[key] = value = int(value)  # 500e6 tokens
         try:
             check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError as error:
-            expected = getattr(hint, "__name__", None) if isinstance(hint, type) else None
-            raise ConfigError(
-                f"{name(key)}={value!r} must be {expected or str(hint).replace('typing.', '')}."
-            ) from error
+            raise ConfigError(f"{name(key)}={value!r} must be {_expected(hint)}.") from error
     _check_used(values, fields, name)
+
+
+def _takes_bool(hint: Any) -> bool:
+    """Whether a field may be true or false; to Python they are numbers too."""
+    return hint in (bool, Any, dict, list) or any(map(_takes_bool, get_args(hint)))
+
+
+def _expected(hint: Any) -> str:
+    name = getattr(hint, "__name__", None) if isinstance(hint, type) and not get_args(hint) else None
+    return name or str(hint).replace("typing.", "")
 
 
 def _check_used(values: Mapping[str, Any], fields: Fields, name: Callable[[str], str]) -> None:

@@ -2,61 +2,105 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from sae_lens_matryoshka.errors import ConfigError
 
-_COUNTS = frozenset((
-    "training_tokens", "training_samples", "train_batch_size_tokens", "batch_size", "context_size",
-    "n_batches_in_buffer", "store_batch_size_prompts", "n_batches_for_norm_estimate", "lr_warm_up_steps",
-    "lr_decay_steps", "n_checkpoints", "dead_feature_window", "feature_sampling_window", "eval_batch_size_prompts",
-    "eval_samples", "seed",
-))  # fmt: skip
-"""Fields of SAELens's runner configs that count something."""
 
-_MAY_BE_ZERO = ("lr_warm_up_steps", "lr_decay_steps", "n_checkpoints", "seed")
+class _Range(NamedTuple):
+    """What a number may be."""
 
-_ABOVE_ZERO = ("decoder_init_norm", "lp_norm", "jumprelu_bandwidth", "jumprelu_tanh_scale", "target_l0")
-_AT_LEAST_ZERO = (
-    "l1_coefficient", "l0_coefficient", "pre_act_loss_coefficient", "aux_loss_coefficient", "l1_warm_up_steps",
-    "l0_warm_up_steps", "jumprelu_init_threshold", "topk_threshold_lr",
-)  # fmt: skip
+    allows: Callable[[float], bool]
+    words: str
+
+
+_AT_LEAST_1 = _Range(lambda value: value >= 1, "at least 1")
+_AT_LEAST_0 = _Range(lambda value: value >= 0, "at least 0")
+_ABOVE_0 = _Range(lambda value: value > 0, "above 0")
+_SHARE = _Range(lambda value: 0 <= value <= 1, "from 0 to 1")
+_BELOW_1 = _Range(lambda value: 0 <= value < 1, "from 0 to below 1, such as 0.9")
+
+_RUN_RANGES: dict[str, _Range] = {
+    **dict.fromkeys(
+        (
+            "training_tokens", "training_samples", "train_batch_size_tokens", "batch_size", "context_size",
+            "n_batches_in_buffer", "store_batch_size_prompts", "n_batches_for_norm_estimate", "dead_feature_window",
+            "feature_sampling_window", "eval_batch_size_prompts", "eval_samples", "n_eval_batches", "n_restart_cycles",
+        ),
+        _AT_LEAST_1,
+    ),
+    **dict.fromkeys(("lr_warm_up_steps", "lr_decay_steps", "n_checkpoints", "eval_frequency", "seed"), _AT_LEAST_0),
+    "lr": _Range(lambda value: value > 0, "above 0, such as 3e-4"),
+    "lr_end": _AT_LEAST_0,
+    "adam_beta1": _BELOW_1,
+    "adam_beta2": _BELOW_1,
+    "activations_mixing_fraction": _SHARE,
+}  # fmt: skip
+"""Fields of SAELens's runner configs."""
+
+_LOGGER_RANGES: dict[str, _Range] = dict.fromkeys(("wandb_log_frequency", "eval_every_n_wandb_logs"), _AT_LEAST_1)
+
+_SAE_RANGES: dict[str, _Range] = {
+    **dict.fromkeys(("d_in", "d_sae"), _AT_LEAST_1),
+    **dict.fromkeys(
+        (
+            "decoder_init_norm", "lp_norm", "jumprelu_bandwidth", "jumprelu_tanh_scale", "jumprelu_init_threshold",
+            "target_l0",
+        ),
+        _ABOVE_0,
+    ),
+    **dict.fromkeys(
+        (
+            "l1_coefficient", "l0_coefficient", "pre_act_loss_coefficient", "aux_loss_coefficient", "l1_warm_up_steps",
+            "l0_warm_up_steps",
+        ),
+        _AT_LEAST_0,
+    ),
+    "topk_threshold_lr": _SHARE,
+}  # fmt: skip
 """Fields of SAELens's and our SAE configs."""
+
+_SYNTHETIC_RANGES: dict[str, _Range] = {
+    **dict.fromkeys(("num_features", "hidden_dim", "chunk_size", "rank", "total_root_nodes"), _AT_LEAST_1),
+    **dict.fromkeys(("num_steps", "std_firing_magnitudes", "seed", "correlation_scale"), _AT_LEAST_0),
+    **dict.fromkeys(("mean_firing_magnitudes", "lr"), _ABOVE_0),
+    "probability": _Range(lambda value: 0 < value <= 1, "above 0 and at most 1"),
+}
+"""Fields of a synthetic model, those of its parts too."""
+
+_CHOICES = {
+    "lr_scheduler_name": ("constant", "cosineannealing", "cosineannealingwarmrestarts"),
+    "dtype": ("float32", "float64", "bfloat16", "float16", "torch.float32", "torch.float64", "torch.bfloat16",
+              "torch.float16"),
+}  # fmt: skip
+"""Fields that SAELens compares with some names, whatever their case."""
 
 
 def check_run_numbers(values: Mapping[str, Any]) -> None:
     """Refuse numbers of a run with which nothing would be trained, or not what was meant.
 
     Args:
-        values: All fields of SAELens's runner config.
+        values: All fields of SAELens's runner config; the logger a mapping or SAELens's object.
 
     Raises:
         ConfigError: If there is one.
     """
-    for field in _COUNTS & values.keys():
-        least = 0 if field in _MAY_BE_ZERO else 1
-        if isinstance(values[field], int) and values[field] < least:
-            raise ConfigError(f"{field}={values[field]!r} must be at least {least}.")
-    n_samples, batch_size = (
-        ("training_tokens", "train_batch_size_tokens")
-        if "training_tokens" in values
-        else ("training_samples", "batch_size")
-    )
-    n_steps = values[n_samples] // values[batch_size]
-    if n_steps == 0:
+    _check_ranges(values, _RUN_RANGES)
+    check_choices(values)
+    logger = values["logger"]
+    logged = logger if isinstance(logger, Mapping) else getattr(logger, "__dict__", {})
+    _check_ranges(logged, _LOGGER_RANGES, "logger.{}".format)
+    if values["checkpoint_path"] == "":
+        raise ConfigError("checkpoint_path='' is the root of all folders; name a folder, or null for no checkpoints.")
+    (samples, n_samples), (batch, batch_size) = _samples_and_batch(values)
+    if n_samples < batch_size:
         raise ConfigError(
-            f"{n_samples}={values[n_samples]} is less than one step of {batch_size}={values[batch_size]}: nothing "
-            f"would be trained; raise the one or lower the other."
+            f"{samples}={n_samples} is less than one step of {batch}={batch_size}: nothing would be trained; raise the "
+            f"one or lower the other."
         )
-    _check_schedule({field: values[field] for field in ("lr_warm_up_steps", "lr_decay_steps")}, n_steps, n_samples)
-    between = {
-        "lr": (lambda value: value > 0, "above 0, such as 3e-4"),
-        "lr_end": (lambda value: value >= 0, "0 or above"),
-        "adam_beta1": (lambda value: 0 <= value < 1, "from 0 to below 1, such as 0.9"),
-        "adam_beta2": (lambda value: 0 <= value < 1, "from 0 to below 1, such as 0.999"),
-    }
-    for field, (is_allowed, range_and_example) in between.items():
-        _check(field, values.get(field), is_allowed, range_and_example)
+    # SAELens's scheduler would begin with what comes last, where warm-up and decay take longer than the run
+    phases = {field: values[field] for field in ("lr_warm_up_steps", "lr_decay_steps")}
+    _check_schedule(phases, values)
 
 
 def check_sae_numbers(given: Mapping[str, Any], name: Callable[[str], str]) -> None:
@@ -69,21 +113,90 @@ def check_sae_numbers(given: Mapping[str, Any], name: Callable[[str], str]) -> N
     Raises:
         ConfigError: If there is one.
     """
-    for field in _ABOVE_ZERO:
-        _check(name(field), given.get(field), lambda value: value > 0, "above 0")
-    for field in _AT_LEAST_ZERO:
-        _check(name(field), given.get(field), lambda value: value >= 0, "0 or above")
+    _check_ranges(given, _SAE_RANGES, name)
+    check_choices(given, name)
 
 
-def _check_schedule(phases: Mapping[str, int], n_steps: int, n_samples: str) -> None:
-    """SAELens's scheduler would begin with what comes last, where warm-up and decay take longer than the run."""
-    if sum(phases.values()) > n_steps:
-        fields = " and ".join(f"{field}={length}" for field, length in phases.items() if length)
+def check_sae_in_run(sae: Mapping[str, Any], values: Mapping[str, Any], name: Callable[[str], str]) -> None:
+    """Refuse numbers of an SAE that its run is too short or its batch too small for.
+
+    Args:
+        sae: The fields that the run file gives for the SAE.
+        values: All fields of SAELens's runner config.
+        name: What a field of the SAE is called in the run file.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    for field in ("l1_warm_up_steps", "l0_warm_up_steps"):
+        if field in sae:
+            _check_schedule({name(field): sae[field]}, values)
+    (_, _), (batch, batch_size) = _samples_and_batch(values)
+    k = sae.get("k")
+    if isinstance(k, float) and 0 < k * batch_size < 1:
         raise ConfigError(
-            f"{fields} take more than the {n_steps:,} steps of this run; set fewer of them, or more {n_samples}."
+            f"{name('k')}={k!r} of {batch}={batch_size} samples is less than one latent a batch: none would ever fire."
         )
 
 
-def _check(field: str, value: float | None, is_allowed: Callable[[float], bool], allowed: str) -> None:
-    if value is not None and not (math.isfinite(value) and is_allowed(value)):
-        raise ConfigError(f"{field}={value!r} must be {allowed}.")
+def check_synthetic_numbers(synthetic_model: Mapping[str, Any]) -> None:
+    """Refuse numbers of a synthetic model that no model can have, or that SAELens would not use.
+
+    Args:
+        synthetic_model: Its fields in the run file, those of its parts as mappings.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    parts = {"": synthetic_model} | {key: part for key, part in synthetic_model.items() if isinstance(part, Mapping)}
+    for part, values in parts.items():
+        prefix = f"synthetic_model.{part}." if part else "synthetic_model."
+        _check_ranges(values, _SYNTHETIC_RANGES, lambda field, prefix=prefix: prefix + field)
+        check_choices(values, lambda field, prefix=prefix: prefix + field)
+    roots = (synthetic_model.get("hierarchy") or {}).get("total_root_nodes")
+    if isinstance(roots, int) and roots > synthetic_model.get("num_features", roots):
+        raise ConfigError(
+            f"synthetic_model.hierarchy.total_root_nodes={roots} are more than num_features="
+            f"{synthetic_model['num_features']}: there would be no hierarchy."
+        )
+
+
+def check_choices(values: Mapping[str, Any], name: Callable[[str], str] = str) -> None:
+    """Refuse names that SAELens does not know, where its config takes any text.
+
+    Args:
+        values: The fields.
+        name: What a field is called in the run file.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    for field, choices in _CHOICES.items():
+        value = values.get(field)
+        if isinstance(value, str) and value.lower() not in choices:
+            raise ConfigError(f"{name(field)}={value!r} must be one of {', '.join(choices)}.")
+
+
+def _samples_and_batch(values: Mapping[str, Any]) -> tuple[tuple[str, int], tuple[str, int]]:
+    """Name and number of a run's samples and of those of a batch: tokens, of a language model."""
+    names = ("training_tokens", "train_batch_size_tokens")
+    if names[0] not in values:
+        names = ("training_samples", "batch_size")
+    return (names[0], values[names[0]]), (names[1], values[names[1]])
+
+
+def _check_schedule(phases: Mapping[str, int], values: Mapping[str, Any]) -> None:
+    (samples, n_samples), (_, batch_size) = _samples_and_batch(values)
+    n_steps = n_samples // batch_size
+    if sum(phases.values()) > n_steps:
+        fields = " and ".join(f"{field}={length}" for field, length in phases.items() if length)
+        raise ConfigError(
+            f"{fields} take more than the {n_steps:,} steps of this run; set fewer of them, or more {samples}."
+        )
+
+
+def _check_ranges(values: Mapping[str, Any], ranges: Mapping[str, _Range], name: Callable[[str], str] = str) -> None:
+    for field in ranges.keys() & values.keys():
+        value = values[field]
+        if isinstance(value, int | float) and not (math.isfinite(value) and ranges[field].allows(value)):
+            raise ConfigError(f"{name(field)}={value!r} must be {ranges[field].words}.")

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.saved.level_figures import LEVELS_FILENAME
 from sae_lens_matryoshka.training.resuming.manifest import MANIFEST_FILENAME
 from sae_lens_matryoshka.untrusted.bounded import load_json
+from sae_lens_matryoshka.untrusted.csv_tables import partial_file
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +34,11 @@ SCORES_FIGURE_FILENAME = "scores.png"
 CALIBRATING_PREFIX = ".calibrating-"
 """Begins the names of folders that only a killed run leaves in its output."""
 
+_CALIBRATING = re.compile(re.escape(CALIBRATING_PREFIX) + "[a-z0-9_]{8}")
+
 
 @contextmanager
-def staged_folder(output: Path, force: bool = False) -> Iterator[Path]:
+def staged_folder(output: Path, force: bool = False, later: Collection[str] = ()) -> Iterator[Path]:
     """A temporary folder beside ``output`` that takes its name when the block ends without an error.
 
     After an error ``output`` is as it was. The temporary folder is removed, unless an SAE has been saved in it: then it
@@ -44,6 +47,7 @@ def staged_folder(output: Path, force: bool = False) -> Iterator[Path]:
     Args:
         output: The folder to write.
         force: Whether an earlier run's output may be replaced.
+        later: Files that the run will add to its output.
 
     Raises:
         FileExistsError: If ``output`` may not be written; see :func:`check_output`.
@@ -57,7 +61,7 @@ def staged_folder(output: Path, force: bool = False) -> Iterator[Path]:
         staging = Path(tempfile.mkdtemp(prefix=_staging_prefix(output), dir=output.parent))
         try:
             yield staging
-            _record_files(staging)
+            _record_files(staging, later)
             check_output(output, force)
             _put_in_place(staging, output)
         finally:
@@ -73,11 +77,17 @@ def output_lock(output: Path) -> Iterator[None]:
 
     Raises:
         UserError: If another run is writing there.
+        FileExistsError: If it lies in the output of another run.
         OSError: If the folder that it lies in cannot be written.
     """
     output = output.resolve()
+    for parent in output.parents:  # before anything is made there, which another run would find in its output
+        if (parent / MARKER_FILENAME).is_file() or _is_being_written(parent):
+            raise FileExistsError(
+                f"The output {output} lies in {parent}, the output of another run; choose a folder beside it."
+            )
     output.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output.parent / f".{output.name}.lock", is_singleton=True)
+    lock = FileLock(_lock_file(output), is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -86,6 +96,22 @@ def output_lock(output: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()  # the file stays: removed, two later runs could both hold a lock of that name
+
+
+def _is_being_written(output: Path) -> bool:
+    """Whether another run holds the lock on an output."""
+    lock_file = _lock_file(output)
+    if not lock_file.is_file() or not os.access(lock_file, os.W_OK):
+        return False
+    try:
+        with FileLock(lock_file, is_singleton=True).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _lock_file(output: Path) -> Path:
+    return output.parent / f".{output.name}.lock"
 
 
 def check_apart(output: Path, checkpoint_path: Path) -> None:
@@ -130,7 +156,7 @@ def check_output(output: Path, force: bool, why: str | None = None) -> None:
             f"The output folder {output} is not empty{f', and {why}' if why else ''}; choose another with --output or "
             f"replace it with --force."
         )
-    files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    files = [path for path in sorted(folder.rglob("*")) if not _is_filled_folder(path)]
     marks = (MARKER_FILENAME, MANIFEST_FILENAME)
     runs = [path.parent for path in files if path.name in marks and path.parent != folder]
     if runs:
@@ -147,7 +173,7 @@ def check_output(output: Path, force: bool, why: str | None = None) -> None:
     foreign = [
         path for path in files
         if str(path.relative_to(folder)) not in recorded
-        and not any(part.startswith(CALIBRATING_PREFIX) for part in path.relative_to(folder).parts)
+        and not any(_CALIBRATING.fullmatch(part) for part in path.relative_to(folder).parts)
     ]  # fmt: skip
     if foreign:
         raise FileExistsError(
@@ -156,12 +182,18 @@ def check_output(output: Path, force: bool, why: str | None = None) -> None:
         )
 
 
-def _record_files(staging: Path) -> None:
+def _is_filled_folder(path: Path) -> bool:
+    """Whether it is of no account by itself, since what is in it counts; an empty folder and a link are somebody's."""
+    return path.is_dir() and not path.is_symlink() and any(path.iterdir())
+
+
+def _record_files(staging: Path, later: Collection[str]) -> None:
     """Note which files are the run's, those that calibrating and measuring will add among them."""
     written = [path for path in staging.rglob("*") if path.is_file()]
-    later = [path.parent / LEVELS_FILENAME for path in written if path.name == SAE_CFG_FILENAME]
-    later += [staging / name for name in (MARKER_FILENAME, SCORES_FILENAME, SCORES_FIGURE_FILENAME)]
-    files = sorted({str(path.relative_to(staging)) for path in (*written, *later)})
+    added = [path.parent / LEVELS_FILENAME for path in written if path.name == SAE_CFG_FILENAME]
+    added += [staging / name for name in later]
+    partial = [partial_file(path) for path in added]
+    files = sorted({str(path.relative_to(staging)) for path in (*written, *added, *partial, staging / MARKER_FILENAME)})
     contents = {"note": "written by sae-lens-matryoshka train; --force replaces these files", "files": files}
     (staging / MARKER_FILENAME).write_text(json.dumps(contents, indent=1), encoding="utf-8")
 

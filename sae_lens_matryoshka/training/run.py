@@ -23,7 +23,14 @@ from sae_lens_matryoshka.run_files.building import RunnerConfigs, build_runner_c
 from sae_lens_matryoshka.training.language_model import language_model_runner
 from sae_lens_matryoshka.training.option_checks import check_samples, check_synthetic_options
 from sae_lens_matryoshka.training.options import CheckpointOptions
-from sae_lens_matryoshka.training.output_folders import check_apart, check_output, output_lock, staged_folder
+from sae_lens_matryoshka.training.output_folders import (
+    SCORES_FIGURE_FILENAME,
+    SCORES_FILENAME,
+    check_apart,
+    check_output,
+    output_lock,
+    staged_folder,
+)
 from sae_lens_matryoshka.training.resuming.checkpoints import find_checkpoint, sae_folders, why_not_finished
 from sae_lens_matryoshka.training.resuming.run_folder import checkpoint_folder
 from sae_lens_matryoshka.training.synthetic_model import train_on_synthetic_model, write_scores
@@ -137,7 +144,7 @@ def _finish(saved: list[SavedSAE], output: Path, samples: Samples) -> TrainResul
 def _train_on_synthetic_model(
     configs: dict[str, SyntheticSAERunnerConfig[Any]], output: Path, force: bool
 ) -> list[SavedSAE]:
-    with staged_folder(output, force) as staging:
+    with staged_folder(output, force, (SCORES_FILENAME, SCORES_FIGURE_FILENAME)) as staging:
         saved = train_on_synthetic_model(configs, staging)
         _record_output_path(staging, output)
     return saved
@@ -166,8 +173,12 @@ def _train_on_language_model(
 def _output_path(output: str | Path | None) -> Path:
     if not output:
         raise ConfigError(f"output_path={output!r}: train writes what it has trained; name a folder.")
-    path = Path(output)
-    return path.resolve() if ".." in path.parts else path  # a folder on the way there need not exist
+    path = Path(output).expanduser()
+    try:
+        resolved = path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"The output {output} cannot be used: {error}.") from error
+    return resolved if ".." in path.parts else path  # a folder on the way there need not exist
 
 
 def _starting_point(cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig") -> StartingPoint | None:

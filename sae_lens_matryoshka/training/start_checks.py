@@ -35,6 +35,12 @@ def loading_errors(cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRun
         raise ConfigError(
             f"The data set {cfg.dataset_path!r} cannot be read ({reason}); try streaming=true."
         ) from error
+    except TypeError as error:  # arguments that the model's class does not take
+        if not (cfg.model_from_pretrained_kwargs or cfg.model_kwargs):
+            raise
+        raise ConfigError(
+            f"model_from_pretrained_kwargs or model_kwargs cannot be used with {cfg.model_name!r}: {error}."
+        ) from error
     except ValueError as error:  # unknown model names, model classes, hooks and data set columns
         raise ConfigError(f"SAELens cannot start this run: {str(error).splitlines()[0]}") from error
 
@@ -107,8 +113,12 @@ def check_d_in(store: ActivationsStore, d_in: Mapping[str, int]) -> None:
     _, cache = store.model.run_with_cache(token, names_filter=list(d_in), prepend_bos=False, **store.model_kwargs)
     for hook_name, expected in d_in.items():
         activation = cache[hook_name]
-        if store.hook_head_index is None:
+        head = store.hook_head_index
+        if head is None:
             activation = activation.reshape(1, 1, -1)
+        elif activation.ndim != 4 or not 0 <= head < activation.shape[2]:
+            heads = f"{activation.shape[2]} heads" if activation.ndim == 4 else "no heads"
+            raise ConfigError(f"hook_head_index={head}, but {hook_name} of this model has {heads}; leave it out.")
         if activation.shape[-1] != expected:
             raise ConfigError(
                 f"sae.d_in={expected}, but {hook_name} of this model is {activation.shape[-1]} wide; "

@@ -5,6 +5,7 @@ is written with an apostrophe in front, which spreadsheets take for text, and re
 """
 
 import csv
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -21,11 +22,20 @@ def as_text(cell: Any) -> Any:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows with the same keys as a table."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    """Write rows with the same keys as a table, which is then complete or as it was."""
+    partial = partial_file(path)
+    with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows({key: as_text(cell) for key, cell in row.items()} for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def partial_file(path: Path) -> Path:
+    """Where a table is written before it has its name; only a killed process, or a full disk, leaves that."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def read_csv(path: Path, needed: Collection[str] = ()) -> list[dict[str, str]]:

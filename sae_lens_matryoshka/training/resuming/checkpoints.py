@@ -67,8 +67,9 @@ def find_checkpoint(cfg: RunnerConfig, resume: str | Path) -> str | None:
     if resume == "":
         raise ConfigError("--resume (resume_from_checkpoint) is empty; give auto, or the folder of a checkpoint.")
     if resume != "auto":
-        _check_resumable(Path(resume), cfg)
-        return str(resume)
+        checkpoint = Path(resume).expanduser()
+        _check_resumable(checkpoint, cfg)
+        return str(checkpoint)
     checkpoint, reason = _newest_checkpoint(cfg)
     logger.info(f"Starting afresh, because {reason}." if checkpoint is None else f"Continuing from {checkpoint}.")
     return None if checkpoint is None else str(checkpoint)
@@ -90,7 +91,10 @@ def why_not_finished(output: Path, cfg: RunnerConfig, calibration_samples: int) 
         saved_cfgs = [check_saved_sae(folder) for folder in sae_folders(output, cfg).values()]
     except (OSError, ValueError):
         return "it does not hold the SAEs of this run"
-    different = _different_fields(made, cfg)
+    try:
+        different = _different_fields(made, cfg)
+    except (AttributeError, TypeError):
+        return f"its {RUNNER_CFG_FILENAME} is not that of a run"
     if made.get("training_tokens") != cfg.training_tokens:
         different.append("training_tokens")
     calibrated_on = [(saved.get("metadata") or {}).get("calibration_samples") for saved in saved_cfgs]
