@@ -47,6 +47,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_block_is_covered():
+    covered = _python_blocks("synthetic", "target_l0", "levels_in_model", ".bench", "train(cfg")
+    assert covered == [code for language, code in BLOCKS if language == "python"]
+    assert not [line for code in covered for line in code.splitlines() if line.startswith("#")]
     assert {language for language, _ in BLOCKS} == {"bash", "python", "yaml"}
     assert [command[:2] for command in _commands()] == [
         ["train", "synthetic"],
@@ -71,19 +74,34 @@ def test_the_main_job_shows_the_effect_that_the_readme_reports(folder: Path):
     assert matryoshka["f1"] > batchtopk["f1"]
 
 
-def test_python_blocks_run(folder: Path):
-    for code in [code for language, code in BLOCKS if language == "python"]:
-        if "TINYSTORIES" in code or (".bench" in code and find_spec("sae_bench") is None):
-            continue
-        done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        if "level_of" in code:
-            assert done.stdout == "[20, 80, 240] tensor([0, 1, 2])\n"
+def _run_block(code: str, folder: Path, tinystories: Path | None = None) -> str:
+    """What a block of Python prints."""
+    environment = os.environ if tinystories is None else {**os.environ, "TINYSTORIES": str(tinystories)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_python_blocks_that_need_no_model_run(folder: Path):
+    printed = [_run_block(code, folder) for code in _python_blocks("synthetic", "target_l0")]
+    assert printed == ["[20, 80, 240] tensor([0, 1, 2])\n", "", ""]
+
+
+def _python_blocks(*texts: str) -> list[str]:
+    """The blocks of Python that hold one of some texts."""
+    return [code for language, code in BLOCKS if language == "python" and any(text in code for text in texts)]
 
 
 def test_yaml_blocks_are_run_files():
     for code in [code for language, code in BLOCKS if language == "yaml"]:
         build_runner_configs(yaml.safe_load(code))
+
+
+def test_training_from_python_ends_with_a_calibrated_sae(tinystories: Path, tmp_path: Path):
+    (code,) = _python_blocks("train(cfg")
+    widths, l0 = _run_block(code, tmp_path, tinystories).strip().split(" L0 ")
+    assert widths == "[32, 96, 224, 480, 1024]"
+    assert float(l0) == pytest.approx(16, abs=0.3)
 
 
 def test_the_local_tinystories_commands_run(tinystories: Path, tmp_path: Path):
@@ -103,6 +121,8 @@ def test_the_local_tinystories_commands_run(tinystories: Path, tmp_path: Path):
     assert f"'{tinystories}/model' is published as 'model'" in dry_run.stdout
     if find_spec("sae_bench") is None:
         pytest.skip("all but the evaluation has run; that needs SAEBench: pip install -e '.[dev,bench]'")
+    (code,) = _python_blocks(".bench")
+    assert "sparse_probing" in _run_block(code, tmp_path, tinystories)
     evaluated = _run(evaluate, tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr[-2000:]
     assert "loss recovered" in evaluated.stdout
@@ -110,11 +130,8 @@ def test_the_local_tinystories_commands_run(tinystories: Path, tmp_path: Path):
 
 
 def _assert_levels_in_the_model_do_what_the_readme_reports(tinystories: Path, folder: Path) -> None:
-    (code,) = [code for language, code in BLOCKS if language == "python" and "TINYSTORIES" in code]
-    environment = {**os.environ, "TINYSTORIES": str(tinystories)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    hook, *losses = done.stdout.splitlines()
+    (code,) = _python_blocks("levels_in_model")
+    hook, *losses = _run_block(code, folder, tinystories).splitlines()
     assert hook == "blocks.2.hook_out torch.Size([1, 403, 2048])"
     unchanged, *levels = [[float(number) for number in line.split(": ")[1].split()] for line in losses]
     replaced, ablated = zip(*levels, strict=True)
