@@ -6,12 +6,12 @@ from sae_lens import SAE, TrainingSAE, register_sae_class, register_sae_training
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
 from sae_lens_matryoshka.saes import matryoshka_sae_kinds  # noqa: F401 enters the kinds of Matryoshka SAEs
+from sae_lens_matryoshka.saes.kinds import KINDS
 from sae_lens_matryoshka.saes.matryoshka_batchtopk import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.saes.matryoshka_jumprelu import (
     MatryoshkaJumpReLUTrainingSAE,
     MatryoshkaJumpReLUTrainingSAEConfig,
 )
-from sae_lens_matryoshka.saes.matryoshka_sae import KINDS
 from sae_lens_matryoshka.saes.matryoshka_standard import (
     MatryoshkaStandardTrainingSAE,
     MatryoshkaStandardTrainingSAEConfig,

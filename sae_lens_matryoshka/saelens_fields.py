@@ -2,7 +2,8 @@
 
 Importing SAELens takes ten seconds, and telling that a key is misspelt should not. So the fields are also in a table,
 ``saelens_fields_table.py``, which this module writes (``python -m sae_lens_matryoshka.saelens_fields``) and a test
-compares with SAELens. It is read only while SAELens is not imported and is the version that the table was made from.
+compares with SAELens. It is read only while SAELens is not imported; the command line imports SAELens at once where it
+is another version than the table's.
 """
 
 import dataclasses
@@ -69,13 +70,19 @@ class Tables(NamedTuple):
 
 
 def tables() -> Tables:
-    """The fields of all configs: of SAELens as it is imported, or from the table."""
-    if "sae_lens" not in sys.modules:
-        from sae_lens_matryoshka import saelens_fields_table as table
+    """The fields of all configs: of SAELens where it is imported, else from the table."""
+    if "sae_lens" in sys.modules:
+        return _tables_of_saelens()
+    from sae_lens_matryoshka import saelens_fields_table as table
 
-        if version("sae-lens") == table.SAELENS_VERSION:
-            return Tables(table.CONFIGS, table.TRAINING, table.SAVED)
-    return _tables_of_saelens()
+    return Tables(table.CONFIGS, table.TRAINING, table.SAVED)
+
+
+def table_is_current() -> bool:
+    """Whether the table is of the SAELens that is installed; else import SAELens before anything is checked."""
+    from sae_lens_matryoshka.saelens_fields_table import SAELENS_VERSION
+
+    return version("sae-lens") == SAELENS_VERSION
 
 
 def config_fields(config_class: type) -> dict[str, ConfigField]:
@@ -97,9 +104,6 @@ def _tables_of_saelens() -> Tables:
     from sae_lens import synthetic
     from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
-    from sae_lens_matryoshka.registration import register
-
-    register()
     runs = [getattr(sae_lens, name, None) or getattr(synthetic, name) for name in RUN_CONFIGS]
     return Tables(
         {config.__name__: config_fields(config) for config in _with_nested(runs)},

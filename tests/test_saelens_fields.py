@@ -11,7 +11,7 @@ from sae_lens_matryoshka import saelens_fields, saelens_fields_table
 from sae_lens_matryoshka.bench.by_name import CONFIGS
 from sae_lens_matryoshka.cli.evaluate import EVALUATIONS
 from sae_lens_matryoshka.levels import SAVED_AS
-from sae_lens_matryoshka.saes.matryoshka_sae import KINDS
+from sae_lens_matryoshka.saes.kinds import KINDS
 from sae_lens_matryoshka.saved import checks
 
 

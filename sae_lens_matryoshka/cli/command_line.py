@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from sae_lens_matryoshka.cli import evaluate, inspect, push, saelens, train
+from sae_lens_matryoshka.cli.loading import load_saelens
 from sae_lens_matryoshka.errors import REPORT_BUG, UserError
+from sae_lens_matryoshka.saelens_fields import table_is_current
 from sae_lens_matryoshka.untrusted.terminal import printable
 
 
@@ -19,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         options = _parse(sys.argv[1:] if arguments is None else list(arguments))
+        if not table_is_current():
+            load_saelens()
         options.run(options)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)

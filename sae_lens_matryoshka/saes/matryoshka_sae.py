@@ -6,10 +6,10 @@ a slice of the same parameters. ``matryoshka_sae_kinds.py`` holds one class for 
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from sae_lens_matryoshka.levels import SAVED_AS, level_index, level_of, level_widths, validate_widths
+from sae_lens_matryoshka.saes.kinds import KINDS
 from sae_lens_matryoshka.saes.plugin_sae import PluginSAE
 from sae_lens_matryoshka.saved.checks import check_parameters
 from sae_lens_matryoshka.saved.loaded import load_published_sae, load_saved_sae
@@ -343,24 +344,3 @@ class MatryoshkaSAE(PluginSAE):
 
     def _width(self, level: int | None) -> int:
         return self.cfg.d_sae if level is None else self.widths[level_index(level, self.widths)]
-
-
-KINDS: dict[str, tuple[type[MatryoshkaSAE], type[MatryoshkaSAEConfig]]] = {}
-"""The class and config class for each SAELens architecture that Matryoshka SAEs are saved as; a kind enters itself."""
-
-
-Kind = TypeVar("Kind", bound=type[MatryoshkaSAE])
-
-
-def enter_kind(config_class: type[MatryoshkaSAEConfig]) -> Callable[[Kind], Kind]:
-    """A decorator for the subclass of one SAELens architecture.
-
-    Args:
-        config_class: Its config class.
-    """
-
-    def enter(kind: Kind) -> Kind:
-        KINDS[kind.saved_architecture()] = (kind, config_class)
-        return kind
-
-    return enter

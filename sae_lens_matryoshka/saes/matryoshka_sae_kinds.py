@@ -11,7 +11,8 @@ from sae_lens.saes.topk_sae import TopK
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig, enter_kind
+from sae_lens_matryoshka.saes.kinds import enter_kind
+from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig
 from sae_lens_matryoshka.saes.plugin_sae import PluginSAE
 
 

@@ -15,8 +15,8 @@ from typing_extensions import override
 
 from sae_lens_matryoshka.ops.latents import ActiveLatents
 from sae_lens_matryoshka.saes.nested_training_config import NestedTrainingSAEConfig
-from sae_lens_matryoshka.saes.nested_training_sae import Encoding, Prefixes
 from sae_lens_matryoshka.saes.thresholded_family import ThresholdedTrainingSAE
+from sae_lens_matryoshka.saes.training_step import Encoding, Prefixes
 
 
 @dataclass

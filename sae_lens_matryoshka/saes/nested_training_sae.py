@@ -13,7 +13,7 @@ from SAELens's own step of the one-level twin.
 """
 
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,64 +22,12 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput, mse_loss
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sae_lens_matryoshka.ops.latents import ActiveLatents, DenseLatents, lay_out, lay_out_dense
+from sae_lens_matryoshka.ops.latents import ActiveLatents, DenseLatents
 from sae_lens_matryoshka.ops.nested_loss import NestedErrors, NestedObjective, nested_errors
-from sae_lens_matryoshka.ops.selection import Selection
 from sae_lens_matryoshka.saes.nested_training_config import NestedTrainingSAEConfig
 from sae_lens_matryoshka.saes.plugin_sae import PluginSAE
 from sae_lens_matryoshka.saes.training_statistics import KeepsTrainingStatistics
-
-
-class TrainingPath(NamedTuple):
-    """Which of two ways a training step is computed; the results are the same."""
-
-    fast: bool
-    """Whether by ``ops/``. Otherwise by SAELens's own code and the definition of the losses."""
-
-    reason: str
-    """Why."""
-
-
-class Prefixes(NamedTuple):
-    """The prefixes of the dictionary that a step trains, and which latent stands where in it."""
-
-    widths: list[int]
-    """The length of each prefix, ascending, the last one d_sae."""
-
-    order: Int[Tensor, " d_sae"] | None = None
-    """The latent at each place; None if every latent stands at its index."""
-
-    def lay_out(self, selection: Selection, batch: int) -> ActiveLatents:
-        """The layout of selected latents by prefix."""
-        return lay_out(selection, batch, self.widths, None if self.order is None else self.order.argsort())
-
-    def lay_out_dense(self, batch: int) -> DenseLatents:
-        """The layout of all latents by prefix."""
-        return lay_out_dense(batch, self.widths, self.order)
-
-    def by_place(self, values: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-        """Values of latents in the order of their places."""
-        return values if self.order is None else values[..., self.order]
-
-    def latent_ids(self, places: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-        """The latents at some places."""
-        return places if self.order is None else self.order[places]
-
-
-class Encoding(NamedTuple):
-    """The latents of a batch as functions of the parameters: a value an entry, or the whole matrix."""
-
-    latents: ActiveLatents | DenseLatents
-    """Where the values belong."""
-
-    hidden_pre: Tensor
-    """The pre-activations."""
-
-    coefficients: Tensor
-    """What decoder rows are multiplied by."""
-
-    feature_acts: Float[Tensor, "batch d_sae"]
-    """SAELens's activations for its trainer, without gradient, perhaps sparse."""
+from sae_lens_matryoshka.saes.training_step import Encoding, Prefixes, TrainingPath
 
 
 class NestedTrainingSAE(KeepsTrainingStatistics, PluginSAE, TrainingSAE[Any]):

@@ -18,7 +18,8 @@ from sae_lens_matryoshka.ops.latents import ActiveLatents
 from sae_lens_matryoshka.ops.nested_loss import NestedErrors
 from sae_lens_matryoshka.ops.selection import select_above
 from sae_lens_matryoshka.saes.nested_training_config import NestedTrainingSAEConfig
-from sae_lens_matryoshka.saes.nested_training_sae import Encoding, NestedTrainingSAE, Prefixes
+from sae_lens_matryoshka.saes.nested_training_sae import NestedTrainingSAE
+from sae_lens_matryoshka.saes.training_step import Encoding, Prefixes
 
 LISTED_SHARE = 0.03
 """The share of all pre-activations up to which listing those that matter is faster (benchmarks/README.md)."""

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from sae_lens_matryoshka.errors import ConfigError, UserError
 from sae_lens_matryoshka.levels import recorded_widths
-from sae_lens_matryoshka.saes.matryoshka_sae import KINDS, MatryoshkaSAE
+from sae_lens_matryoshka.saes.kinds import KINDS
+from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
 from sae_lens_matryoshka.saes.nested_training_sae import NestedTrainingSAE
 from sae_lens_matryoshka.saved.checks import check_parameters, check_saved_sae, loading_errors, read_json
 from sae_lens_matryoshka.training.resuming.manifest import MANIFEST_FILENAME, find_damage
