@@ -3,10 +3,12 @@
 Where something lies on a machine or in a bucket says who made it and for whom. The last part still says what was used.
 """
 
+import itertools
 import re
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from sae_lens_matryoshka.hub.secret_text import without_login
+from sae_lens_matryoshka.hub.secret_text import decoded, without_login
 
 
 def is_path(value: str) -> bool:
@@ -22,24 +24,59 @@ def is_path(value: str) -> bool:
         return _is_private_address(value)
     if PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute() or value.startswith("\\\\"):
         return True
-    return re.match(r"(?:file|dbfs):|(?:\.{1,2}|~[^/\\]*)(?:[/\\]|$)|[\w.-]+@[\w.-]+:\S", value) is not None
+    return re.match(r"(?:file|dbfs):|(?:\.{1,2}|~[^/\\]*)(?:[/\\]|$)|" + _REMOTE + r"\S", value) is not None
 
 
 def last_part(path: str) -> str:
     """The last part of a path, or ``local`` where that would tell who someone is."""
     scheme, separator, rest = without_login(path).partition("://")
-    if separator and scheme.lower() == "file":
-        path = rest
-    elif separator:
+    is_bucket = bool(separator) and scheme.lower() != "file"
+    if is_bucket:
         path = re.split(r"[?#]", rest.lstrip("/"))[0].partition("/")[2]  # without the bucket or server
+    else:
+        path = rest if separator else scheme
+        if re.fullmatch(rf"{_REMOTE}[^/\\]*", path):  # a port, a password or a folder
+            return "local"
     parts = [part for part in re.split(r"[/\\]", path) if part not in ("", ".", "..")]
     if parts:
-        parts[-1] = re.sub(r"^([\w.-]+@[\w.-]+:)+", "", parts[-1]) or "~"  # user@server:
+        parts[-1] = re.sub(rf"^(?:{_REMOTE})+", "", parts[-1]) or "~"
     if not parts or parts[-1].startswith("~") or parts[-1].endswith(":"):
         return "local"
-    is_home = (len(parts) == 2 and parts[0].lower() in ("home", "users")) or parts[-1] == Path.home().name
-    is_home |= len(parts) == 3 and parts[0].endswith(":") and parts[1].lower() == "users"
-    return "local" if is_home else parts[-1]
+    return "local" if _is_persons(parts, path) else parts[-1]
+
+
+def _is_persons(parts: list[str], path: str) -> bool:
+    """Whether the last part of a path is the name of a person, whose folder it is."""
+    name = parts[-1].strip(".,;:()")
+    if name == Path.home().name:
+        return True
+    people = {person for above, person in itertools.pairwise(parts[:-1]) if _HOMES.fullmatch(above)}
+    if name in people:
+        return True
+    if len(parts) < 2 or re.search(rf"\.{_DATA_FILE}$", name):
+        return False
+    is_on_shelf = parts[-2].lower() == name[:1].lower()  # /afs/cern.ch/user/j/jane
+    is_whole_disk = len(parts) == 2 and path.startswith(("/", "\\"))
+    is_shared = is_whole_disk and (path.startswith("\\\\") or _DISKS.fullmatch(parts[0]) is not None)
+    return is_on_shelf or is_shared or _HOMES.fullmatch(parts[-2]) is not None
+
+
+def without_encoded_paths(text: str, clean: Callable[[str], str]) -> str:
+    """A text in which what is written as in URLs (``%2Fhome%2Falice``) and is not to be shown is replaced.
+
+    Args:
+        text: The text; nothing else of it is changed.
+        clean: Takes from decoded text what is not to be shown.
+    """
+
+    def replaced(match: re.Match[str]) -> str:
+        if not _ENCODED.search(match.group()):
+            return match.group()
+        plain = decoded(match.group())
+        cleaned = last_part(plain) if is_path(plain) else clean(plain)
+        return match.group() if cleaned == plain else cleaned
+
+    return _WORD.sub(replaced, text)
 
 
 def without_paths(text: str) -> str:
@@ -47,6 +84,17 @@ def without_paths(text: str) -> str:
     return _EMBEDDED_PATH.sub(_replaced, text)
 
 
+_REMOTE = r"[\w.+-]+@(?!sha\d+:)[\w.-]+:"
+_HOMES = re.compile(r"[a-z]*(?:homes?|users?|scratch)[\d_$-]*|documents and settings", re.IGNORECASE)
+"""Folders that hold one folder a person, wherever they lie."""
+
+_DISKS = re.compile(
+    r"(?:u|data|work|workspace|nfs|nas|gpfs|lustre|beegfs|storage|export|mnt|media|volumes|cluster)\d*", re.IGNORECASE
+)
+"""The same for folders at the root of a machine."""
+
+_WORD = re.compile(r"[\w.~+@:%-]+")
+_ENCODED = re.compile(r"%(?:25)*(?:2F|5C|40|3A|7E)", re.IGNORECASE)
 _BUCKET_HOSTS = (
     r"amazonaws\.com|storage\.(?:googleapis|cloud\.google)\.com|core\.windows\.net|cloudflarestorage\.com|"
     r"digitaloceanspaces\.com|backblazeb2\.com|aliyuncs\.com"
@@ -63,7 +111,7 @@ _EMBEDDED_PATH = re.compile(
     | (?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]+:///*{_FOLDERS}*{_PART}*
     | (?P<quote>["'])(?P<quoted>(?:~[\w.-]*|\.{{1,2}}|[A-Za-z]:|\\)?[/\\][^"'\n]*)(?P=quote)
     | \bfile:/+{_FOLDERS}*{_PART}+
-    | (?<![\w./\\-])[\w.-]+@[\w.-]+:/*{_FOLDERS}*{_PART}+ # user@server:path
+    | (?<![\w./\\+-]){_REMOTE}/*{_FOLDERS}*{_PART}+ # user@server:path
     | (?<![\w./\\-])~?/(?!/){_FOLDERS}+{_PART}* # /at/least/two or ~/one
     | (?<![\w./\\-])(?:~[\w.-]*|\.{{1,2}})/{_FOLDERS}*{_PART}+
     | (?<!\w)(?:[A-Za-z]:|\.{{1,2}}|\\\\{_PART}+)\\(?:{_PART}+{_MORE_WORDS}\\)*{_PART}+ # C:\... and \\server\share

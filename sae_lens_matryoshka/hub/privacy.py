@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.hub.account_text import is_account, is_server, without_accounts
 from sae_lens_matryoshka.hub.hub_names import HUB_NAME, is_known, official_model
-from sae_lens_matryoshka.hub.local_paths import is_path, last_part, without_paths
-from sae_lens_matryoshka.hub.secret_text import is_secret, without_login
+from sae_lens_matryoshka.hub.local_paths import is_path, last_part, without_encoded_paths, without_paths
+from sae_lens_matryoshka.hub.secret_text import decoded, is_secret, without_login
 from sae_lens_matryoshka.saved.trained_from import LOCAL_PATHS, source_names
 
 
@@ -72,9 +73,12 @@ class PrivacyFilter:
             field: What replacements call them; nested fields are appended.
         """
         name = re.split(r"[.: ]", re.sub(r"(\[\d+\])+$", "", field))[-1]
-        is_account = name in _ACCOUNT_FIELDS and value not in (None, "")
-        if is_account or is_secret(value, name):
-            self.replacements.append(Replacement(field, str(value) if is_account else "(a secret)", None))
+        if is_secret(value, name, field):
+            self.replacements.append(Replacement(field, "(a secret)", None))
+            return None
+        if is_account(value, name):
+            is_plain = isinstance(value, str) and ":" not in value  # no password
+            self.replacements.append(Replacement(field, value if is_plain else "(an account)", None))
             return None
         if isinstance(value, dict):
             separator = "" if field.endswith(": ") else "."
@@ -88,7 +92,8 @@ class PrivacyFilter:
         published = self._published(value, name)
         if published != value:
             shown = without_login(value)
-            shown = value if shown == value else f"{shown} (with a login)"
+            if without_login(decoded(value)) != decoded(value) or (is_server(value, name) and "@" in value):
+                shown = f"{published if shown == value else shown} (with a login)"
             self.replacements.append(Replacement(field, shown, published, self._is_guess(value, name)))
         return published
 
@@ -106,6 +111,9 @@ class PrivacyFilter:
 
     def _published(self, value: str, field: str) -> str:
         """What is published of a string; ``field`` is the name of the field that holds it."""
+        value = without_encoded_paths(value, _without_private_parts)
+        if is_server(value, field):
+            return "local"
         if self._is_local(value, field):
             return last_part(value)
         if value in self._on_hub or field == "revision":
@@ -139,9 +147,8 @@ class PrivacyFilter:
 
 
 def _without_private_parts(text: str) -> str:
-    return without_paths(without_login(text))
+    return without_accounts(without_paths(without_login(text)))
 
 
-_ACCOUNT_FIELDS = ("wandb_entity", "entity", "username", "email")
 _NAME_FIELD = re.compile(r"(?:\w+_)?(?:model|dataset|tokenizer|adapter|processor)(?:_name|_path|_id)?|\w*name_or_path")
 _PATH_FIELD = re.compile(r"(?:\w*_)?(?:path|dir|directory|folder|file|root)s?|resume_from_checkpoint")

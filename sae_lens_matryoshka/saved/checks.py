@@ -5,6 +5,7 @@ numbers show, such as NaN, is looked for once they are in memory.
 """
 
 import math
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -212,6 +213,9 @@ def loading_errors(what: str) -> Iterator[None]:
         raise
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{what} cannot be loaded: {_one_line(error)}.") from error
+    except AssertionError as error:  # of SAELens's temporal SAEs, some of which say nothing but their condition
+        condition = traceback.extract_tb(error.__traceback__)[-1].line or "an assertion"
+        raise UserError(f"{what} cannot be loaded: {_one_line(error) or f'it fails {condition!r}'}.") from error
     except RuntimeError as error:
         if "loading state_dict" not in str(error):
             raise

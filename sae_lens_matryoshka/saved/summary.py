@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.levels import SAVED_AS, level_widths
+from sae_lens_matryoshka.saelens_fields import tables
 from sae_lens_matryoshka.saved.checks import (
     CFG_FILENAME,
     WEIGHTS_FILENAME,
@@ -48,7 +49,8 @@ class SAESummary:
         """What a level's own latents must do to fire."""
         width = self.widths[level]
         if self.architecture == "topk":
-            return f"the {min(self.cfg['k'], width)} largest"
+            k = self.cfg.get("k", tables().saved["topk"]["k"].default)  # SAELens loads it with its default
+            return f"the {min(k, width)} largest"
         if self.threshold is None:
             return "above 0"
         own = self.threshold[self.widths[level - 1] if level else 0 : width].float()

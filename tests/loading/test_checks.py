@@ -24,6 +24,7 @@ from sae_lens_matryoshka import (
 from sae_lens_matryoshka.cli.command_line import main
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.hub.saved_saes import find_saved_saes
+from sae_lens_matryoshka.saelens_fields import tables
 from tests.conftest import random_matryoshka_sae
 
 WEIGHTS = "sae_weights.safetensors"
@@ -160,6 +161,23 @@ def test_any_field_of_a_config_with_another_type_is_one_sentence_or_loads(
     _fuzz(tmp_path, capsys)
     MatryoshkaSAE.from_sae(training_sae).save_model(tmp_path)
     _fuzz(tmp_path, capsys, [("matryoshka_widths",)])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("architecture", tables().saved)
+def test_the_name_of_another_architecture_is_one_sentence_or_loads(
+    folder: Path, capsys: pytest.CaptureFixture[str], architecture: str
+):
+    _change_cfg(architecture=architecture)(folder)
+    try:
+        find_saved_saes(folder)
+        problem = ""
+    except UserError as error:
+        problem = str(error)
+    assert "\n" not in problem
+    assert (architecture == "temporal") == ("it fails 'assert dimin % (bottleneck_factor * n_heads) == 0'" in problem)
+    assert main(["inspect", str(folder)]) in (0, 1)
+    assert capsys.readouterr().err.count("\n") <= 1
 
 
 def _fuzz(folder: Path, capsys: pytest.CaptureFixture[str], fields: list[tuple[str, ...]] | None = None) -> None:
