@@ -1,6 +1,7 @@
 """The folders of the package are layers: what is in one uses what is below, and no two use each other."""
 
 import ast
+import re
 from pathlib import Path
 
 import sae_lens_matryoshka
@@ -76,3 +77,10 @@ def test_files_are_short_enough_to_hold_in_mind():
     for path in PACKAGE.rglob("*.py"):
         if path.name not in GENERATED:
             assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE, path
+
+
+def test_the_files_that_entry_points_names_are_there():
+    text = (PACKAGE.parent / "entry_points.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z_/]+\.py)`", text)) | {f"{name}/" for name in re.findall(r"`([a-z_]+)/`", text)}
+    assert len(named) > 20
+    assert not [name for name in named if not ((PACKAGE / name).exists() or (PACKAGE.parent / name).exists())]

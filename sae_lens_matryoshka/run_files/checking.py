@@ -147,8 +147,9 @@ def check_language_model_run(values: Mapping[str, Any]) -> None:
     """
     for field in ("model_name", "dataset_path", "cached_activations_path"):
         value = values.get(field)
-        is_path = isinstance(value, str) and value.startswith(("/", "./", "../", "~"))
-        if is_path and not Path(value).expanduser().exists():
+        if not isinstance(value, str) or not value.startswith(("/", "./", "../", "~")):
+            continue
+        if not Path(value).expanduser().exists():
             raise ConfigError(f"{field}={value!r} looks like a local path, but nothing is there.")
     if not values["dataset_path"] and not values.get("use_cached_activations"):
         raise ConfigError("dataset_path is missing: give a Hugging Face dataset or a local folder.")

@@ -19,7 +19,7 @@ from sae_lens_matryoshka.bench.results import headline_table
 from sae_lens_matryoshka.cli.command_line import main
 from sae_lens_matryoshka.untrusted.csv_tables import read_csv
 from tests.bench.fixtures import HOOK
-from tests.loading.test_dictionary_learning import fake_checkpoint
+from tests.saved.test_dictionary_learning import fake_checkpoint
 
 QUICK = {
     "sparse_probing": {"probe_train_set_size": 40, "probe_test_set_size": 20, "context_length": 16, "k_values": "[1]"},

@@ -23,7 +23,7 @@ from sae_lens_matryoshka import MatryoshkaSAE, hub
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.saes.loading import load_any
 from tests.hub.local_hub import Fault, LocalHub
-from tests.loading.test_dictionary_learning import fake_checkpoint
+from tests.saved.test_dictionary_learning import fake_checkpoint
 
 ID = "blocks.2.hook_resid_post"
 
