@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 import xxhash
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from sae_lens_matryoshka.saved.checks import WEIGHTS_FILENAME, read_config
 
 
 def content_hash(content: Mapping[str, Any] | Sequence[Any] | str) -> str:
@@ -74,6 +77,20 @@ def file_hash(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def saved_sae_hash(folder: Path) -> str:
+    """A name for what a saved SAE computes: the tensors of its weights file, and the settings beside it.
+
+    Args:
+        folder: Its folder.
+
+    Raises:
+        UserError: If its config cannot be read.
+        OSError, SafetensorError: If its weights cannot be read.
+    """
+    settings = {name: value for name, value in read_config(folder).items() if name not in _ELSEWHERE}
+    return content_hash([tensors_hash(load_file(folder / WEIGHTS_FILENAME).items()), settings])
 
 
 _ELSEWHERE = ("metadata", "device", "dtype")

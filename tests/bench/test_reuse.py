@@ -8,21 +8,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sae_lens import SAE
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sae_lens_matryoshka import MatryoshkaSAE
+from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.bench import evaluate, fingerprints
 from sae_lens_matryoshka.bench.absorption import Absorption
 from sae_lens_matryoshka.bench.activation_source import ActivationSource, TextSpec
 from sae_lens_matryoshka.bench.cache import Cache
 from sae_lens_matryoshka.bench.concept_erasure import ConceptErasure
 from sae_lens_matryoshka.bench.core import Core
-from sae_lens_matryoshka.bench.evaluated_saes import Hook, SAEView, levels
+from sae_lens_matryoshka.bench.evaluated_saes import Hook, SAEView, levels, on_device
 from sae_lens_matryoshka.bench.fingerprints import model_hash, path_hash, tokenizer_hash
 from sae_lens_matryoshka.bench.labelled_text import LabelledText
 from sae_lens_matryoshka.bench.meta_structure import MetaStructure
@@ -36,6 +38,9 @@ from sae_lens_matryoshka.bench.upstream import (
     ScrAndTppEvalConfig,
 )
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.hub.saved_saes import find_saved_saes
+from sae_lens_matryoshka.hub.upload_plan import plan_upload
+from sae_lens_matryoshka.saes.loading import load_any
 from sae_lens_matryoshka.saved.fingerprints import module_hash
 from sae_lens_matryoshka.untrusted.csv_tables import read_csv
 
@@ -415,3 +420,47 @@ def test_files_that_evaluate_has_not_written_are_refused_and_stay(
                 evaluate(saes, model, output, [core], force=True)
             assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
     assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["levels", "whole", "widths by hand", "trained here"])
+def test_results_are_published_with_the_weights_that_they_were_measured_on_and_no_others(
+    kind: str, dtype: str, sae: MatryoshkaSAE, tmp_path: Path
+):
+    folder, widths, saved = tmp_path / "ours", None, sae
+    if kind in ("whole", "widths by hand"):
+        saved = sae.at_level(-1)
+        saved.cfg.metadata.matryoshka_widths = None
+        widths = None if kind == "whole" else [16, 128]
+    saved.save_model(folder)
+    if kind == "trained here":
+        torch.manual_seed(0)
+        trained = MatryoshkaTrainingSAE(MatryoshkaTrainingSAEConfig(64, 128, k=3, matryoshka_widths=[16, 48]))
+        trained.topk_threshold += 0.1
+        trained.save_inference_model(folder)
+    loaded = load_any(folder, widths=widths)
+    for evaluated in on_device(levels("ours", loaded), torch.device("cpu"), getattr(torch, dtype)):
+        row = {"sae": "ours", "level": evaluated.level, "width": evaluated.width, "weights": evaluated.hash}
+        results = tmp_path / str(evaluated.level)
+        results.mkdir()
+        pd.DataFrame([{**row, "metric": "m", "value": 1.0}]).to_csv(results / "results.csv", index=False)
+        (entry,) = plan_upload(find_saved_saes(folder), tmp_path, results=results).entries
+        assert entry.results[0]["value"] == "1.0"
+        assert "weights" not in entry.results[0]
+    weights = load_file(folder / "sae_weights.safetensors")
+    weights["b_dec"][0] += 1
+    save_file(weights, folder / "sae_weights.safetensors")
+    for results in (path for path in tmp_path.iterdir() if (path / "results.csv").is_file()):
+        with pytest.raises(UserError, match="were measured on other weights or settings than it has now"):
+            plan_upload(find_saved_saes(folder), tmp_path, results=results)
+
+
+def test_results_csv_says_what_was_measured(sae: MatryoshkaSAE, tinystories: Path, model: Model, tmp_path: Path):
+    sae.save_model(tmp_path / "ours")
+    evaluate(levels("ours", load_any(tmp_path / "ours")), model, tmp_path / "out", [_core(tinystories / "data")])
+    saved = find_saved_saes(tmp_path / "ours")
+    assert len(plan_upload(saved, tmp_path, results=tmp_path / "out").entries[0].results) > 50
+    sae.b_dec.data[0] += 1
+    sae.save_model(tmp_path / "ours")
+    with pytest.raises(UserError, match=r"results about level 0 of .*ours were measured on other weights"):
+        plan_upload(find_saved_saes(tmp_path / "ours"), tmp_path, results=tmp_path / "out")
