@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from sae_lens_matryoshka.cli.command_line import main
 from sae_lens_matryoshka.errors import ConfigError
 from sae_lens_matryoshka.measuring.level_metrics import LevelMetrics
 from sae_lens_matryoshka.run_files.building import build_runner_configs
+from sae_lens_matryoshka.saved.level_figures import read_level_figures
+from sae_lens_matryoshka.saved.summary import summarize_folder
 from sae_lens_matryoshka.training.resuming.checkpoints import find_checkpoint
 from sae_lens_matryoshka.training.run import train
 from tests.tiny_runs import tiny_multi_run, tiny_run, tiny_sae
@@ -97,6 +100,26 @@ def test_the_output_of_another_run_is_refused_as_before(
         damage(output)
     with pytest.raises(FileExistsError, match="is not empty"):
         train({**run, **changes}, output=output, resume="auto", calibration_samples=samples)
+
+
+@pytest.mark.parametrize("change", ["weights", "no column"])
+def test_figures_of_other_weights_count_as_not_measured(finished: Any, change: str, tmp_path: Path):
+    run, original, (levels,) = finished["one"]
+    output = tmp_path / "out"
+    shutil.copytree(original, output)
+    assert read_level_figures(output) == summarize_folder(output).figures == levels
+    if change == "weights":
+        weights = load_file(output / "sae_weights.safetensors")
+        weights["W_dec"] *= -3
+        save_file(weights, output / "sae_weights.safetensors")
+    else:  # as it was written before there was one
+        rows = [line.rpartition(",")[0] for line in (output / "levels.csv").read_text().splitlines()]
+        (output / "levels.csv").write_text("\n".join(rows))
+    assert read_level_figures(output) == summarize_folder(output).figures == []
+    again = train(run, output=output, resume="auto", **SAMPLES)
+    assert not again.was_finished
+    assert (again.saes[0].levels[0].fvu == pytest.approx(levels[0].fvu, rel=0.5)) == (change == "no column")
+    assert train(run, output=output, resume="auto", **SAMPLES).was_finished
 
 
 def test_levels_are_measured_again_on_as_many_samples_as_are_asked_for(finished: Any, tmp_path: Path):

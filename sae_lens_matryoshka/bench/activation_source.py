@@ -16,12 +16,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sae_lens_matryoshka.bench.cache import Cache, Entry
 from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView, SharedEncoder
-from sae_lens_matryoshka.bench.fingerprints import content_hash, model_hash, package_versions, tokenizer_hash
+from sae_lens_matryoshka.bench.fingerprints import model_hash, package_versions, tokenizer_hash
 from sae_lens_matryoshka.bench.labelled_text import Texts
 from sae_lens_matryoshka.bench.models import Model, model_name_of
 from sae_lens_matryoshka.bench.texts_alone import activations_alone, is_special, text_tokens
 from sae_lens_matryoshka.bench.upstream import activation_collection
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.saved.fingerprints import content_hash
 
 TOKENS_A_BLOCK = 2048
 """How many tokens are encoded at a time: few enough that their latents stay in the processor's cache."""

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_lens_matryoshka.bench.fingerprints import content_hash
+from sae_lens_matryoshka.saved.fingerprints import content_hash
 
 logger = logging.getLogger(__name__)
 

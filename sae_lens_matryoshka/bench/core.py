@@ -1,6 +1,7 @@
 """SAEBench's core evaluation: L0, variance explained, loss recovered, densities; on the same tokens for every SAE."""
 
 import dataclasses
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -61,7 +62,8 @@ class Core(Evaluation[CoreEvalConfig]):
                       "n_eval_sparsity_variance_batches"):  # fmt: skip
             if getattr(config, field) < 1:
                 raise UserError(f"core.{field}={getattr(config, field)} must be at least 1.")
-        super().__init__(dataclasses.replace(config, **everything))
+        dataset = os.path.expanduser(config.dataset)
+        super().__init__(dataclasses.replace(config, dataset=dataset, **everything))
         self.follow_training = follow_training
         self._text_hash: str | None = None
 
@@ -76,9 +78,12 @@ class Core(Evaluation[CoreEvalConfig]):
         # of local text by its contents; a data set on the Hub is what its name stands for
         self._text_hash = path_hash(path) if path.exists() else None
 
-    def inputs(self, sae: EvaluatedSAE, source: ActivationSource) -> dict[str, Any]:
+    def inputs(self, source: ActivationSource) -> dict[str, Any]:
+        return {**super().inputs(source), "text": self._text_hash}
+
+    def inputs_of_sae(self, sae: EvaluatedSAE, source: ActivationSource) -> dict[str, Any]:
         tokens = {"prepend_bos": sae.sae.cfg.metadata.prepend_bos, "special": sorted(_special_tokens(sae.sae, source))}
-        return {**super().inputs(sae, source), "text": self._text_hash, "tokens": tokens}
+        return {**super().inputs_of_sae(sae, source), "tokens": tokens}
 
     def evaluate(
         self, group: Sequence[EvaluatedSAE], hook: Hook, source: ActivationSource
@@ -122,7 +127,7 @@ class Core(Evaluation[CoreEvalConfig]):
 
         key = source.key(
             "core tokens",
-            dataset=config.dataset,
+            dataset=None if self._text_hash else config.dataset,
             text=self._text_hash,
             context_size=config.context_size,
             prompts=config.batch_size_prompts,

@@ -16,11 +16,11 @@ from jaxtyping import Float
 from sae_lens import SAE, TopKSAE
 from torch import Tensor
 
-from sae_lens_matryoshka.bench.fingerprints import content_hash, module_hash
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.in_model.hook_names import block_output
 from sae_lens_matryoshka.levels import level_index
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
+from sae_lens_matryoshka.saved.fingerprints import sae_hash, typed_hash
 
 WHOLE_SAE_ID = "custom_sae"
 """The id that SAEBench gives to an SAE passed as an object."""
@@ -52,6 +52,11 @@ class EvaluatedSAE:
             return self.sae
         assert isinstance(self.sae, MatryoshkaSAE)
         return self.sae.at_level(self.level)
+
+    @property
+    def hash(self) -> str:
+        """A name for its parameters and settings, with the data type that it is evaluated in."""
+        return typed_hash(self.cut_out)
 
     def __str__(self) -> str:
         return self.name if self.level is None else f"{self.name} level {self.level}"
@@ -173,10 +178,7 @@ class SAEView:
     @cached_property
     def hash(self) -> str:
         """A name for the SAE's parameters and settings."""
-        settings = {
-            name: str(value) for name, value in self.cfg.to_dict().items() if name not in ("metadata", "device")
-        }
-        return content_hash([module_hash(self.sae), settings])
+        return sae_hash(self.sae)
 
     @property
     def decodes_linearly(self) -> bool:

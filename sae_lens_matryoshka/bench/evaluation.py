@@ -5,7 +5,6 @@ functions for the metric, SAE by SAE -> SAEBench's output class -> one JSON file
 """
 
 import dataclasses
-import json
 import os
 import tempfile
 import time
@@ -19,9 +18,12 @@ from tqdm.auto import tqdm
 
 from sae_lens_matryoshka.bench.activation_source import ActivationSource
 from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView, grouped, hook_of, on_device
-from sae_lens_matryoshka.bench.fingerprints import content_hash, package_versions
+from sae_lens_matryoshka.bench.fingerprints import package_versions
 from sae_lens_matryoshka.bench.labelled_text import LabelledText
+from sae_lens_matryoshka.bench.made_from import MADE_FROM, WHOLE_SAE, config_as_json, config_differences, differences
 from sae_lens_matryoshka.bench.models import Model, load_model
+from sae_lens_matryoshka.bench.own_files import check_folder
+from sae_lens_matryoshka.bench.side_by_side import Settings
 from sae_lens_matryoshka.bench.upstream import (
     BaseEvalConfig,
     BaseEvalOutput,
@@ -33,14 +35,12 @@ from sae_lens_matryoshka.bench.upstream import (
     sae_bench_version,
 )
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.saved.fingerprints import content_hash, typed_hash
 from sae_lens_matryoshka.untrusted.bounded import load_json
 
 Config = TypeVar("Config", bound=BaseEvalConfig)
 DEFAULT_LLM_BATCH_SIZE = 32
 """SAEBench's batch size for the models of 2 billion parameters and more."""
-
-MADE_FROM = "made_from"
-"""Where a result's ``sae_cfg_dict["metadata"]`` names everything that could change it, by content."""
 
 
 class Evaluation(ABC, Generic[Config]):
@@ -93,10 +93,12 @@ class Evaluation(ABC, Generic[Config]):
         Raises:
             UserError: If something cannot be evaluated, or a result is there that was made with another config or SAE.
         """
+        folder = Path(output).expanduser() / self.name
+        check_folder(folder)
         source = model if isinstance(model, ActivationSource) else ActivationSource(load_model(model))
         self.begin(source)
         groups = grouped(on_device(saes, source.device, source.dtype))
-        paths = {id(sae): self._path(Path(output), sae) for group in groups for sae in group}
+        paths = {id(sae): self._path(folder, sae) for group in groups for sae in group}
         if len(set(paths.values())) < len(paths):  # SAEBench writes a "/" as "_"
             raise UserError(f"Two of {', '.join(map(str, saes))} would have the same result file; rename one.")
         with tqdm(total=len(saes), desc=self.name) as progress:
@@ -110,6 +112,7 @@ class Evaluation(ABC, Generic[Config]):
                 ]
                 self.done += [sae for sae in group if sae not in unfinished]
                 progress.update(len(group) - len(unfinished))
+                whole = typed_hash(group[0].sae) if unfinished else None
                 results = self.evaluate(unfinished, hook, source) if unfinished else iter(())
                 while True:
                     with contained():
@@ -117,7 +120,8 @@ class Evaluation(ABC, Generic[Config]):
                     if result is None:
                         break
                     sae, eval_output = result
-                    eval_output.sae_cfg_dict["metadata"][MADE_FROM] = made_from[id(sae)]  # type: ignore[index]
+                    record = {**made_from[id(sae)], WHOLE_SAE: whole}
+                    eval_output.sae_cfg_dict["metadata"][MADE_FROM] = record  # type: ignore[index]
                     self._write(paths[id(sae)], eval_output)
                     self.done.append(sae)
                     progress.update()
@@ -153,15 +157,32 @@ class Evaluation(ABC, Generic[Config]):
         self.config = self.given_config
         self.config = self.completed(source)
 
-    def inputs(self, sae: EvaluatedSAE, source: ActivationSource) -> dict[str, Any]:
-        """Names by content of what an SAE's result is made from beside config, parameters and model.
+    def settings(self, source: ActivationSource) -> Settings:
+        """What results of all SAEs must have in common with those of the last run.
+
+        Args:
+            source: The model's activations.
+        """
+        return Settings(config_as_json(self.config), self.inputs(source))
+
+    def inputs(self, source: ActivationSource) -> dict[str, Any]:
+        """Names by content of what the results of all SAEs are made from beside the config: text, model, versions.
+
+        Args:
+            source: The model's activations.
+        """
+        data = [[name, text.train, text.test] for name, text in self.data.items()]
+        shared = {"data": content_hash(data) if data else None, "packages": package_versions()}
+        return shared | ({"model": source.model_hash, "tokenizer": source.tokenizer_hash} if self.reads_model else {})
+
+    def inputs_of_sae(self, sae: EvaluatedSAE, source: ActivationSource) -> dict[str, Any]:
+        """Names by content of what only an SAE's own result is made from.
 
         Args:
             sae: The SAE.
             source: The model's activations.
         """
-        data = [[name, text.train, text.test] for name, text in self.data.items()]
-        return {"data": content_hash(data) if data else None, "packages": package_versions()}
+        return {"sae": sae.hash}
 
     def common_fields(self, sae: EvaluatedSAE, view: SAEView) -> dict[str, Any]:
         """What every one of SAEBench's outputs holds, whatever the evaluation."""
@@ -190,14 +211,12 @@ class Evaluation(ABC, Generic[Config]):
             changes["llm_batch_size"] = known.get(source.name, DEFAULT_LLM_BATCH_SIZE)
         return dataclasses.replace(self.config, **changes)
 
-    def _path(self, output: Path, sae: EvaluatedSAE) -> Path:
-        return Path(general_utils.get_results_filepath(str(output / self.name), sae.name, sae.sae_id))
+    def _path(self, folder: Path, sae: EvaluatedSAE) -> Path:
+        return Path(general_utils.get_results_filepath(str(folder), sae.name, sae.sae_id))
 
     def _made_from(self, sae: EvaluatedSAE, hook: Hook, source: ActivationSource) -> dict[str, Any]:
-        made_from = {"sae": SAEView(sae.cut_out, hook, source.name).hash, **self.inputs(sae, source)}
-        if self.reads_model:
-            made_from |= {"model": source.model_hash, "tokenizer": source.tokenizer_hash, "hook": hook.name}
-        return made_from
+        where = {"hook": hook.name} if self.reads_model else {}
+        return {**self.inputs_of_sae(sae, source), **self.inputs(source), **where}
 
     def _finished(self, path: Path, sae: EvaluatedSAE, made_from: dict[str, Any]) -> bool:
         """Whether there is a result that was made from exactly what a new one would be made from.
@@ -213,21 +232,16 @@ class Evaluation(ABC, Generic[Config]):
             self.skipped.append(f"{path} could not be read ({error}) and is made again.")
             return False
         try:
-            was_config, was_made_from = existing["eval_config"], existing["sae_cfg_dict"]["metadata"][MADE_FROM]
-            differs = [
-                f"{field}={was_config.get(field)!r}, now {value!r}"
-                for field, value in json.loads(json.dumps(dataclasses.asdict(self.config_for(sae)))).items()
-                if was_config.get(field) != value
-            ]
-            differs += [_difference(name, was_made_from.get(name), now) for name, now in made_from.items()]
+            was_made_from = existing["sae_cfg_dict"]["metadata"][MADE_FROM]
+            differs = config_differences(existing["eval_config"], config_as_json(self.config_for(sae)), made_from)
+            differs += differences(was_made_from, made_from)
         except (KeyError, TypeError, AttributeError):
             raise UserError(
                 f"{path} is not a result of this evaluation. Choose another output, or replace it with force (--force)."
             ) from None
-        if any(differs):
+        if differs:
             raise UserError(
-                f"{path} was made with {'; '.join(filter(None, differs))}. Choose another output, or replace it with "
-                "force (--force)."
+                f"{path} was made with {'; '.join(differs)}. Choose another output, or replace it with force (--force)."
             )
         return True
 
@@ -244,16 +258,3 @@ class Evaluation(ABC, Generic[Config]):
             with staged.open("rb+") as file:  # on disk before it has its name, or a power failure leaves it empty
                 os.fsync(file.fileno())
             staged.replace(path)
-
-
-def _difference(name: str, was: Any, now: Any) -> str | None:
-    """What a result was made from, where it would be made from something else now."""
-    if was == now:
-        return None
-    if name == "packages":
-        return ", ".join(f"{p} {(was or {}).get(p)}, now {v}" for p, v in now.items() if (was or {}).get(p) != v)
-    if name == "hook":
-        return f"the hook {was}, now {now}"
-    return {"sae": "other parameters of the SAE", "model": "another model", "tokenizer": "another tokenizer"}.get(
-        name, "other text"
-    )

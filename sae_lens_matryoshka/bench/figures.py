@@ -13,6 +13,9 @@ from sae_lens_matryoshka.untrusted.figure_text import text_as_it_stands
 
 BY_WIDTH_FILENAME = "metrics_by_width.png"
 BY_L0_FILENAME = "metrics_by_l0.png"
+FIGURE_MARK = "sae-lens-matryoshka evaluate"
+"""What a figure says that it was made with: only a figure that says so is ever replaced."""
+
 N_COLUMNS = 3
 
 
@@ -49,7 +52,7 @@ def _plot(table: pd.DataFrame, x: str, x_label: str, path: Path) -> Path:
     lines = figure.axes[0].get_lines()
     labels = [str(line.get_label()) for line in lines]  # matplotlib itself leaves out those that begin with _
     figure.legend(lines, labels, loc="outside lower center", ncols=len(lines))
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, metadata={"Software": FIGURE_MARK})
     return path
 
 

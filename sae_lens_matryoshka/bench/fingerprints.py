@@ -6,17 +6,14 @@ weights, of tokenizers (of slow ones their vocabulary), of texts.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-import xxhash
-from torch import nn
-
 from sae_lens_matryoshka.bench.models import Model
+from sae_lens_matryoshka.saved.fingerprints import content_hash, file_hash, module_hash
 
 PACKAGES = (
     "sae-lens-matryoshka", "sae-bench", "sae-lens", "transformer-lens", "transformers", "torch", "scikit-learn",
@@ -29,28 +26,6 @@ _NOT_CONTENT = {
     "init_mode", "transformers_version", "dtype", "torch_dtype",
 }  # fmt: skip
 """Settings of a model that say nothing of what it computes; its data type is that of its weights."""
-
-
-def content_hash(content: Mapping[str, Any] | Sequence[Any] | str) -> str:
-    """A name for what JSON can hold.
-
-    Args:
-        content: The content.
-    """
-    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, ensure_ascii=False).encode())
-
-
-def module_hash(module: nn.Module) -> str:
-    """A name for all parameters and buffers of a module: their names, shapes, types and every byte of them.
-
-    Args:
-        module: The module.
-    """
-    described: list[Any] = []
-    for name, tensor in sorted(module.state_dict().items()):
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        described.append([name, list(tensor.shape), str(tensor.dtype), xxhash.xxh3_128_hexdigest(data.data)])
-    return content_hash(described)
 
 
 def model_hash(model: Model) -> str:
@@ -86,27 +61,21 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def path_hash(path: Path) -> str:
-    """A name for the contents of a file, or of all files below a folder.
+    """A name for the contents of a file, with its ending, or of all files below a folder, with their names.
 
     Args:
         path: The file or folder.
     """
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return content_hash([[str(file.relative_to(path)), _file_hash(file)] for file in files])
+    if not path.is_dir():
+        return content_hash([path.suffix, file_hash(path)])
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return content_hash([[str(file.relative_to(path)), file_hash(file)] for file in files])
 
 
 @cache
 def package_versions() -> dict[str, str]:
     """The versions of the packages that can change a result."""
     return {package: version(package) for package in PACKAGES}
-
-
-def _file_hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _as_mapping(settings: Any) -> Mapping[str, Any]:

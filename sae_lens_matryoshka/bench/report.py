@@ -3,7 +3,9 @@
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cache as remembered
 from pathlib import Path
 
 import pandas as pd
@@ -12,16 +14,18 @@ from tqdm.auto import tqdm
 
 from sae_lens_matryoshka.bench.activation_source import ActivationSource
 from sae_lens_matryoshka.bench.cache import Cache
-from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE
+from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, hook_of, on_device
 from sae_lens_matryoshka.bench.evaluation import Evaluation
-from sae_lens_matryoshka.bench.figures import BY_L0_FILENAME, BY_WIDTH_FILENAME, plot_results
+from sae_lens_matryoshka.bench.figures import plot_results
 from sae_lens_matryoshka.bench.models import Model, load_model
-from sae_lens_matryoshka.bench.results import load_results
+from sae_lens_matryoshka.bench.own_files import OWN_FILENAMES, RESULTS_FILENAME, check_own_files
+from sae_lens_matryoshka.bench.result_files import read_results
+from sae_lens_matryoshka.bench.results import HEADLINES, results_table
+from sae_lens_matryoshka.bench.side_by_side import Call, comparable
 from sae_lens_matryoshka.errors import REPORT_BUG, UserError
+from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
 from sae_lens_matryoshka.untrusted.csv_tables import as_text
 from sae_lens_matryoshka.untrusted.terminal import printable
-
-RESULTS_FILENAME = "results.csv"
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,13 @@ class Report:
     """The folder with SAEBench's result files, ``results.csv`` and the figures."""
 
     results: pd.DataFrame
-    """As :func:`load_results` gives them, without evaluations that could not be run; empty if none could."""
+    """As :func:`load_results` gives them, what was made from something else left out; empty if nothing is left."""
 
     failures: dict[str, str] = field(default_factory=dict)
     """Evaluation -> why it could not be run, in one sentence."""
 
     skipped: list[str] = field(default_factory=list)
-    """SAEs that an evaluation left out, a sentence each."""
+    """What evaluations left out, and what lay there before and is not comparable, a sentence each."""
 
 
 def evaluate(
@@ -65,9 +69,10 @@ def evaluate(
         force: Whether finished results are made again.
 
     Raises:
-        UserError: If the model cannot be loaded.
+        UserError: If the model cannot be loaded, or the output holds files of somebody else's in the place of ours.
     """
-    output = Path(output)
+    output = Path(output).expanduser()
+    check_own_files(output, [evaluation.name for evaluation in evaluations])
     source = model if isinstance(model, ActivationSource) else ActivationSource(load_model(model), cache)
     failures: dict[str, str] = {}
     for evaluation in evaluations:
@@ -83,12 +88,9 @@ def evaluate(
             failures[evaluation.name] = f"{type(error).__name__}: {error}. {REPORT_BUG}"
             tqdm.write(printable(traceback.format_exc()), file=sys.stderr)
     skipped = [sentence for evaluation in evaluations for sentence in evaluation.skipped]
-    try:
-        results = _without_refused(load_results(output, skipped.append), saes, evaluations)
-    except UserError:
-        results = pd.DataFrame()
+    results = _results(output, saes, source, evaluations, hook_name, skipped)
     if results.empty:  # nor may an earlier table or figure show what was refused
-        for name in (RESULTS_FILENAME, BY_WIDTH_FILENAME, BY_L0_FILENAME):
+        for name in OWN_FILENAMES:
             (output / name).unlink(missing_ok=True)
         return Report(output, results, failures, skipped)
     texts = {column: results[column].map(as_text) for column in ("sae", "evaluation", "metric")}
@@ -97,12 +99,46 @@ def evaluate(
     return Report(output, results, failures, skipped)
 
 
-def _without_refused(
-    results: pd.DataFrame, saes: Sequence[EvaluatedSAE], evaluations: Sequence[Evaluation]
+def _results(
+    output: Path,
+    saes: Sequence[EvaluatedSAE],
+    source: ActivationSource,
+    evaluations: Sequence[Evaluation],
+    hook_name: str | None,
+    skipped: list[str],
 ) -> pd.DataFrame:
-    """Results without those of these SAEs that lay there before and were not made again: they are of something else."""
+    """What the output holds of these SAEs and of others that is comparable; what is not is added to ``skipped``."""
+    try:
+        found = read_results(output, HEADLINES, skipped.append)
+    except UserError:
+        return pd.DataFrame()
+    # what was asked for and not made, and lies there from before, is of something else: the failure says of what
     asked = {(evaluation.name, sae.name, sae.level) for evaluation in evaluations for sae in saes}
     done = {(evaluation.name, sae.name, sae.level) for evaluation in evaluations for sae in evaluation.done}
-    keys = zip(results["evaluation"], results["sae"], results["level"], strict=True)
-    stale = [(e, sae, None if pd.isna(level) else int(level)) in asked - done for e, sae, level in keys]
-    return results.loc[[not is_stale for is_stale in stale]].reset_index(drop=True)
+    found = [result for result in found if (result.evaluation, result.sae, result.level) not in asked - done]
+    kept, left_out = comparable(found, _call(saes, source, evaluations, hook_name))
+    skipped += left_out
+    return results_table(kept) if kept else pd.DataFrame()
+
+
+def _call(
+    saes: Sequence[EvaluatedSAE], source: ActivationSource, evaluations: Sequence[Evaluation], hook_name: str | None
+) -> Call:
+    moved = on_device(saes, source.device, source.dtype)
+    by_name = {sae.name: sae for sae in moved} | {(sae.name, sae.level): sae for sae in moved}
+
+    @remembered
+    def hash_of(name: str, level: int | None) -> str | None:
+        if name not in by_name:
+            return None
+        sae = by_name.get((name, level)) or replace(by_name[name], level=level)
+        n_levels = sae.sae.n_levels if isinstance(sae.sae, MatryoshkaSAE) else 0
+        return sae.hash if level is None or level < n_levels else ""
+
+    hooks: set[str] = set()
+    for sae in saes:
+        with suppress(UserError):  # which every evaluation has failed for
+            hooks.add(hook_of(sae.sae, hook_name).name)
+    settings = {evaluation.name: evaluation.settings(source) for evaluation in evaluations}
+    model = {"model": source.model_hash, "tokenizer": source.tokenizer_hash}
+    return Call(settings, hash_of, model, frozenset(hooks))

@@ -2,17 +2,17 @@
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from sae_lens_matryoshka.errors import UserError
-from sae_lens_matryoshka.untrusted.bounded import load_json
+from sae_lens_matryoshka.bench.result_files import Result, read_results
+from sae_lens_matryoshka.bench.side_by_side import differing
 
-COLUMNS = ["sae", "level", "width", "evaluation", "metric", "value", "l0"]
+COLUMNS = ["sae", "level", "width", "evaluation", "metric", "value", "l0", "weights"]
 
 
 @dataclass(frozen=True)
@@ -39,38 +39,53 @@ HEADLINES = {
 """What SAEBench's and the paper's figures show, by evaluation."""
 
 
-def load_results(folder: str | Path, on_unreadable: Callable[[str], object] = warnings.warn) -> pd.DataFrame:
-    """Every metric of every result file in a folder, a row each.
+def load_results(folder: str | Path, warn: Callable[[str], object] = warnings.warn) -> pd.DataFrame:
+    """Every metric of every result file in a folder, a row each, whatever they were made with.
 
     Args:
         folder: What evaluations wrote to. The result files lie in folders named after the evaluations.
-        on_unreadable: What to do with the sentence that says that a file is passed over.
+        warn: What to do with the sentences that say that a file is passed over, or that results of one evaluation were
+            made with different configs, texts, models or versions, so that their numbers are not comparable.
 
     Returns:
         A table with the columns ``sae``, ``level`` (missing for SAEs without levels), ``width``, ``evaluation``,
-        ``metric``, ``value``, and ``l0`` of the core evaluation of the same SAE and level (missing without one).
+        ``metric``, ``value``, ``l0`` of the core evaluation of the same SAE and level (missing without one), and
+        ``weights``, the data type and a hash of the SAE or level that was evaluated (missing where not recorded).
 
     Raises:
         UserError: If there are no result files, or none that can be read.
     """
-    paths = [path for name in HEADLINES for path in sorted(Path(folder, name).glob("*_eval_results.json"))]
-    paths = [path for path in paths if not path.name.startswith(".")]
-    if not paths:
-        raise UserError(f"There are no results in {folder}; expected files as sparse_probing/NAME_eval_results.json.")
-    rows: list[dict[str, Any]] = []
-    for path in paths:
-        try:
-            rows += _rows(path)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            on_unreadable(f"{path} is passed over: it is not a whole result of SAEBench ({error!r}).")
-    if not rows:
-        raise UserError(f"There are no readable results in {folder}.")
-    results: Any = pd.DataFrame(rows).reindex(columns=COLUMNS[:-1])
-    results["level"] = results["level"].astype("Int64")
-    l0: Any = results[(results["evaluation"] == "core") & (results["metric"] == "l0")]
+    results = read_results(folder, HEADLINES, warn)
+    for sentence in differing(results):
+        warn(sentence)
+    return results_table(results)
+
+
+def results_table(results: Sequence[Result]) -> pd.DataFrame:
+    """The table of :func:`load_results`.
+
+    Args:
+        results: What it is about; there must be some.
+    """
+    rows = [
+        {
+            "sae": result.sae,
+            "level": result.level,
+            "width": result.width,
+            "evaluation": result.evaluation,
+            "metric": metric,
+            "value": value,
+            "weights": result.made_from.get("sae"),
+        }
+        for result in results
+        for metric, value in result.metrics.items()
+    ]
+    table: Any = pd.DataFrame(rows).reindex(columns=COLUMNS)
+    table["level"] = table["level"].astype("Int64")
+    l0: Any = table[(table["evaluation"] == "core") & (table["metric"] == "l0")]
     by_sae = dict(zip(zip(l0["sae"], l0["width"], strict=True), l0["value"], strict=True))
-    results["l0"] = [by_sae.get(pair, float("nan")) for pair in zip(results["sae"], results["width"], strict=True)]
-    return results.sort_values(["evaluation", "sae", "width", "metric"], ignore_index=True)
+    table["l0"] = [by_sae.get(pair, float("nan")) for pair in zip(table["sae"], table["width"], strict=True)]
+    return table.sort_values(["evaluation", "sae", "width", "metric"], ignore_index=True)
 
 
 def headline_table(results: pd.DataFrame) -> pd.DataFrame:
@@ -104,25 +119,3 @@ def column_label(evaluation: str, metric: str) -> str:
     if number is None:
         return label
     return label.format(n=number[0]).replace("top 1", f"top {number[0]}")
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    result = load_json(path.read_text(encoding="utf-8"))
-    level = re.fullmatch(r"level_([0-9]{1,9})", result["sae_lens_id"])
-    name, width = result["sae_lens_release_id"], result["sae_cfg_dict"]["d_sae"]
-    common = {
-        "sae": name,
-        "level": None if level is None else int(level[1]),
-        "width": width,
-        "evaluation": path.parent.name,
-    }
-    metrics = {
-        metric: value for category in result["eval_result_metrics"].values() for metric, value in category.items()
-    }
-    # the core evaluation's figure beyond SAEBench's own
-    unstructured = result.get("eval_result_unstructured") or {}
-    metrics |= {name: value for name, value in unstructured.items() if isinstance(value, float)}
-    wrong = [value for value in metrics.values() if value is not None and not isinstance(value, int | float)]
-    if not isinstance(name, str) or not isinstance(width, int) or wrong:
-        raise TypeError("values of other types than SAEBench's")
-    return [{**common, "metric": metric, "value": value} for metric, value in metrics.items() if value is not None]

@@ -109,12 +109,13 @@ def run(options: argparse.Namespace) -> None:
         from sae_lens_matryoshka.bench import evaluate as run_evaluations
         from sae_lens_matryoshka.bench.by_name import build_evaluations, load_saes
         from sae_lens_matryoshka.bench.cache import Cache
-        from sae_lens_matryoshka.bench.report import RESULTS_FILENAME
+        from sae_lens_matryoshka.bench.own_files import RESULTS_FILENAME, check_own_files
         from sae_lens_matryoshka.bench.results import headline_table
     except ImportError as error:
         raise UserError(str(error)) from error
     from sae_lens_matryoshka.devices import resolve_device
 
+    check_own_files(Path(options.output), request.evaluations)
     device = resolve_device(options.device, "--device")
     data = [LabelledText.from_file(file, name) for name, file in request.data]
     evaluations = build_evaluations(request.evaluations, request.settings, data, options.text)
@@ -146,6 +147,9 @@ def parse_request(options: argparse.Namespace) -> Request:
     for option in ("output", "model", "text", "hook", "cache"):
         if getattr(options, option) == "":
             raise UserError(f"--{option} is empty; give it a value, or leave it out.")
+    for option in ("output", "model", "text", "cache"):  # a shell leaves a ~ after = as it is
+        if (value := getattr(options, option)) is not None:
+            setattr(options, option, os.path.expanduser(value))
     if os.path.exists(options.output) and not os.path.isdir(options.output):
         raise UserError(f"--output {options.output} is a file; name a folder.")
     if options.cache_size < 0:
@@ -200,14 +204,15 @@ def _parse_data(text: str) -> tuple[str, str]:
     name, separator, file = text.partition("=")
     if not separator:
         raise UserError(f"--data {text!r} must be NAME=FILE.")
-    return name, file
+    return name, os.path.expanduser(file)
 
 
 def _name_and_place(text: str) -> tuple[str, str]:
     """``[NAME=]FOLDER`` or ``[NAME=]REPOSITORY:ID`` in two; folders may have ``=`` in their names too."""
     name, separator, where = text.partition("=")
-    if not separator or os.path.exists(text):
+    if not separator or os.path.exists(os.path.expanduser(text)):
         name, where = "", text
+    where = os.path.expanduser(where)
     name = name or (Path(where).resolve() if os.path.exists(where) else Path(where)).name.replace(":", "_")
     if reason := why_no_folder(name):
         raise UserError(

@@ -3,9 +3,16 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from sae_lens import SAE
 
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.hub.own_files import check_own_file
+from sae_lens_matryoshka.saes.loading import load_any
+from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
+from sae_lens_matryoshka.saved.fingerprints import typed_hash
+from sae_lens_matryoshka.untrusted.bounded import is_whole_number
 from sae_lens_matryoshka.untrusted.csv_tables import read_csv
 
 RESULTS_FILENAME = "results.csv"
@@ -20,6 +27,9 @@ class Results:
 
     figures: list[Path]
     """PNG files, by name."""
+
+    measured_on: list[tuple[str, str, str]]
+    """Level, width and weights of the rows that record their weights, each once."""
 
 
 def read_results(folder: str | Path, names: Iterable[str], only_sae: bool) -> Results:
@@ -49,7 +59,48 @@ def read_results(folder: str | Path, names: Iterable[str], only_sae: bool) -> Re
                 f"{path} has results about {', '.join(sorted(called))}, but none about {' or '.join(sorted(names))}."
             )
     figures = [check_own_file(figure, folder) for figure in sorted(folder.glob("*.png"))]
-    return Results([{column: row.get(column, "") for column in _COLUMNS} for row in rows], figures)
+    shown = [{column: row.get(column, "") for column in _COLUMNS} for row in rows]
+    measured_on = {(row.get("level", ""), row.get("width", ""), row["weights"]) for row in rows if row.get("weights")}
+    return Results(shown, figures, sorted(measured_on))
+
+
+def check_measured_on(results: Results, folder: Path) -> None:
+    """Refuse results that were measured on other weights or settings than those of the SAE that is published.
+
+    Results that do not record their weights, such as a table of one's own, cannot be compared.
+
+    Args:
+        results: The results.
+        folder: The folder of the SAE.
+
+    Raises:
+        UserError: If there are such results.
+    """
+    loaded: dict[str, SAE[Any]] = {}
+    for level, width, weights in results.measured_on:
+        dtype = weights.partition(":")[0]
+        if dtype in ("float32", "bfloat16", "float16", "float64") and dtype not in loaded:
+            loaded[dtype] = load_any(folder, dtype=dtype)
+        if dtype not in loaded or _hash_of_level(loaded[dtype], level, width) != weights:
+            raise UserError(
+                f"The results about {f'level {level} of ' if level else ''}{folder} were measured on other weights or "
+                f"settings than it has now (column weights of {RESULTS_FILENAME}); evaluate it again with --force, or "
+                f"publish it without results."
+            )
+
+
+def _hash_of_level(sae: SAE[Any], level: str, width: str) -> str | None:
+    if not level:
+        return typed_hash(sae)
+    if not (is_whole_number(level) and is_whole_number(width)):
+        return None
+    if not isinstance(sae, MatryoshkaSAE):  # the widths were given by hand
+        if not 0 < int(width) <= sae.cfg.d_sae:
+            return None
+        sae = MatryoshkaSAE.from_sae(sae, sorted({int(width), sae.cfg.d_sae}))
+        return typed_hash(sae.at_level(0))
+    is_there = int(level) < sae.n_levels and sae.widths[int(level)] == int(width)
+    return typed_hash(sae.at_level(int(level))) if is_there else None
 
 
 _COLUMNS = ("evaluation", "metric", "level", "width", "value")

@@ -26,7 +26,7 @@ from sae_lens_matryoshka.saved.checks import (
     loading_errors,
     read_json,
 )
-from sae_lens_matryoshka.saved.level_figures import LEVELS_FILENAME
+from sae_lens_matryoshka.saved.level_figures import LEVELS_FILENAME, are_of_saved_sae
 from sae_lens_matryoshka.text.data_files import shown
 from sae_lens_matryoshka.untrusted.bounded import is_number, is_whole_number
 from sae_lens_matryoshka.untrusted.csv_tables import read_csv
@@ -189,6 +189,11 @@ def _check_loads(saved: SavedSAE) -> None:
         raise UserError(
             f"{saved.folder / LEVELS_FILENAME} has figures for levels {measured}, but the SAE's are {widths}; "
             f"remove the file."
+        )
+    if measured and not are_of_saved_sae(saved.level_figures, saved.folder):
+        raise UserError(
+            f"{saved.folder / LEVELS_FILENAME} has figures that were measured on other weights than those beside it, "
+            f"or does not say on which; measure again with train --resume auto, or remove the file."
         )
 
 

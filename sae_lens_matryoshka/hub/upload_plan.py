@@ -21,7 +21,7 @@ from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.hub.model_card import CardEntry, listed_figures
 from sae_lens_matryoshka.hub.own_files import read_png, read_sparsity, weights_alone
 from sae_lens_matryoshka.hub.privacy import Replacement
-from sae_lens_matryoshka.hub.results import RESULTS_FILENAME, read_results
+from sae_lens_matryoshka.hub.results import RESULTS_FILENAME, check_measured_on, read_results
 from sae_lens_matryoshka.hub.saved_saes import SavedSAE
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
 
@@ -189,6 +189,7 @@ def _plan_results(
     if results is None:
         return [], []
     found = read_results(results, (saved.sae_id, saved.folder.resolve().name), only_sae)
+    check_measured_on(found, saved.folder)
     paths: list[str] = []
     for figure in found.figures:
         name = saved.privacy.contents(figure.stem, "figures: ") or "figure"

@@ -1,17 +1,21 @@
 """The figures of an SAE's levels, and the file beside a saved SAE that holds them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_type_hints
 
 from rich.table import Table
+from safetensors import SafetensorError
 
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.untrusted.csv_tables import read_csv, write_csv
 
 LEVELS_FILENAME = "levels.csv"
 """The table of figures in the folder of a saved SAE."""
+
+WEIGHTS_COLUMN = "weights"
+"""The column that names what was measured by its contents."""
 
 DENSE_SHARE = 0.1
 """A latent that fires on a larger share of all samples is counted as dense."""
@@ -44,23 +48,42 @@ class LevelMetrics:
 
 
 def write_level_figures(folder: Path, levels: Sequence[LevelMetrics]) -> None:
-    """Write the figures beside a saved SAE."""
-    write_csv(folder / LEVELS_FILENAME, [asdict(level) for level in levels])
+    """Write the figures beside a saved SAE, with a name for what they were measured on in a column ``weights``."""
+    from sae_lens_matryoshka.saved.fingerprints import saved_sae_hash  # which imports torch
+
+    weights = saved_sae_hash(folder)
+    write_csv(folder / LEVELS_FILENAME, [{**asdict(level), WEIGHTS_COLUMN: weights} for level in levels])
 
 
 def read_level_figures(folder: Path) -> list[LevelMetrics]:
     """The figures beside a saved SAE, as they were measured.
 
-    None if they were not, or if the file was cut off or holds something else: they can be measured again.
+    None if they were not, or were on other weights or settings, or if the file was cut off or holds something else:
+    they can be measured again.
     """
     types = get_type_hints(LevelMetrics)
     if not (folder / LEVELS_FILENAME).is_file():
         return []
     try:
         rows = read_csv(folder / LEVELS_FILENAME)
+        if not are_of_saved_sae(rows, folder):
+            return []
         return [LevelMetrics(**{key: types[key](row[key]) for key in types}) for row in rows]
-    except (UserError, KeyError, ValueError, TypeError):
+    except (UserError, OSError, SafetensorError, KeyError, ValueError, TypeError):
         return []
+
+
+def are_of_saved_sae(rows: Sequence[Mapping[str, str]], folder: Path) -> bool:
+    """Whether rows of a table of levels say that they were measured on the SAE that is saved beside it, as it is now.
+
+    Args:
+        rows: The rows.
+        folder: The SAE's folder.
+    """
+    from sae_lens_matryoshka.saved.fingerprints import saved_sae_hash  # which imports torch
+
+    weights = {row.get(WEIGHTS_COLUMN) or None for row in rows}
+    return weights == {saved_sae_hash(folder)}
 
 
 def levels_table(levels: Sequence[LevelMetrics], title: str) -> Table:

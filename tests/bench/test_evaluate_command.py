@@ -79,7 +79,7 @@ def test_everything_from_the_command_line(
         "sparse_probing", "tpp", "core", "meta_structure", "results.csv", "metrics_by_width.png", "metrics_by_l0.png",
     }  # fmt: skip
     results = load_results(output)
-    assert list(results.columns) == ["sae", "level", "width", "evaluation", "metric", "value", "l0"]
+    assert list(results.columns) == ["sae", "level", "width", "evaluation", "metric", "value", "l0", "weights"]
     assert len(pd.read_csv(output / "results.csv")) == len(results)
     table = headline_table(results)
     assert table[["sae", "width"]].values.tolist() == [["baseline", 48], ["matryoshka", 16], ["matryoshka", 128]]

@@ -1,33 +1,48 @@
 """Results and cache entries are reused only where everything that could change them is the same, by content."""
 
 import copy
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sae_lens import SAE
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sae_lens_matryoshka import MatryoshkaSAE
+from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.bench import evaluate, fingerprints
 from sae_lens_matryoshka.bench.absorption import Absorption
 from sae_lens_matryoshka.bench.activation_source import ActivationSource, TextSpec
 from sae_lens_matryoshka.bench.cache import Cache
+from sae_lens_matryoshka.bench.concept_erasure import ConceptErasure
 from sae_lens_matryoshka.bench.core import Core
-from sae_lens_matryoshka.bench.evaluated_saes import Hook, SAEView, levels
-from sae_lens_matryoshka.bench.fingerprints import model_hash, module_hash, path_hash, tokenizer_hash
+from sae_lens_matryoshka.bench.evaluated_saes import Hook, SAEView, levels, on_device
+from sae_lens_matryoshka.bench.fingerprints import model_hash, path_hash, tokenizer_hash
+from sae_lens_matryoshka.bench.labelled_text import LabelledText
 from sae_lens_matryoshka.bench.meta_structure import MetaStructure
 from sae_lens_matryoshka.bench.models import Model, load_model
 from sae_lens_matryoshka.bench.results import load_results
 from sae_lens_matryoshka.bench.sparse_probing import SparseProbing
-from sae_lens_matryoshka.bench.upstream import AbsorptionEvalConfig, CoreEvalConfig, MetaStructureEvalConfig
+from sae_lens_matryoshka.bench.upstream import (
+    AbsorptionEvalConfig,
+    CoreEvalConfig,
+    MetaStructureEvalConfig,
+    ScrAndTppEvalConfig,
+)
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.hub.saved_saes import find_saved_saes
+from sae_lens_matryoshka.hub.upload_plan import plan_upload
+from sae_lens_matryoshka.saes.loading import load_any
+from sae_lens_matryoshka.saved.fingerprints import module_hash
+from sae_lens_matryoshka.untrusted.csv_tables import read_csv
 
 HOOK = Hook("blocks.2.hook_resid_post", 2)
 TEXTS = {"a": ["Once upon a time", "Tom ran home."], "b": ["She saw a cat.", "The end"]}
@@ -269,3 +284,183 @@ def test_what_core_reads_of_an_saes_metadata_is_part_of_its_result(
     setattr(sae.cfg.metadata, field, {"prepend_bos": False, "exclude_special_tokens": [1, 300]}[field])
     with pytest.raises(UserError, match="was made with other text"):
         core.run(levels("ours", sae, [0]), model, tmp_path)
+
+
+def _write_text(path: Path, tinystories: Path, first: int) -> Path:
+    lines = (tinystories / "data" / "validation.jsonl").read_text().splitlines()
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(lines[first : first + 40]) + "\n")
+    return path
+
+
+def test_numbers_of_other_weights_never_stand_beside_new_ones(
+    model: Model, sae: MatryoshkaSAE, tinystories: Path, tmp_path: Path
+):
+    core, meta = _core(tinystories / "data"), MetaStructure(MetaStructureEvalConfig(train_steps=2, autocast=False))
+    evaluate(levels("ours", sae), model, tmp_path, [core])
+    evaluate(levels("theirs", copy.deepcopy(sae)), model, tmp_path, [core])
+    sae.W_dec.data[0, 0] += 1  # of every level
+    report = evaluate(levels("ours", sae, [0]), model, tmp_path, [core], force=True)
+    shown = report.results[report.results["sae"] == "ours"]
+    assert set(shown["level"]) == {0}
+    assert set(report.results["sae"]) == {"ours", "theirs"}
+    (sentence,) = report.skipped
+    assert sentence.startswith(
+        "core of ours (levels 1, 2) is left out of table and figures: it was made with other param"
+    )
+    assert len(read_csv(tmp_path / "results.csv")) == len(report.results)
+
+    report = evaluate(levels("ours", sae, [1]), model, tmp_path, [meta])
+    shown = report.results[report.results["sae"] == "ours"]
+    assert set(zip(shown["evaluation"], shown["level"], strict=True)) == {("core", 0), ("meta_structure", 1)}
+    report = evaluate(levels("theirs", copy.deepcopy(sae), [0]), model, tmp_path, [meta])
+    assert "core of theirs (levels 0, 1, 2) is left out" in " ".join(report.skipped)
+    assert "core of ours (levels 1, 2) is left out" in " ".join(report.skipped)  # which nobody evaluates now
+    assert set(report.results.loc[report.results["evaluation"] == "core", "level"]) == {0}
+
+
+@pytest.mark.parametrize(
+    ("what", "message", "is_core_run_again"),
+    [
+        ("text", "other text", True),
+        ("text", "other text", False),
+        ("hook", "the hook blocks.2.hook_resid_post, now blocks.1.hook_resid_post", True),
+        ("context", "context_size=32, now 16", True),
+        ("context", "context_size=32, now 16", False),
+        ("model", "another model", True),
+        ("model", "another model", False),
+    ],
+)
+def test_results_of_other_settings_are_not_put_side_by_side(
+    what: str, message: str, is_core_run_again: bool, own_model: Model, sae: MatryoshkaSAE, tinystories: Path,
+    tmp_path: Path,
+):  # fmt: skip
+    text = _write_text(tmp_path / "text.jsonl", tinystories, 0)
+    other = _write_text(tmp_path / "other.jsonl", tinystories, 40)
+    meta = MetaStructure(MetaStructureEvalConfig(train_steps=2, autocast=False))
+    evaluate(levels("first", sae, [0]), own_model, tmp_path / "out", [_core(text), meta])
+    core = _core(other if what == "text" else text)
+    if what == "context":
+        core = Core(dataclasses.replace(core.config, context_size=16))
+    if what == "model":
+        own_model.W_U.data[3, 5] += 1  # type: ignore[index]
+    hook = "blocks.1.hook_resid_post" if what == "hook" else None
+    report = evaluate(levels("second", sae, [0]), own_model, tmp_path / "out", [core], hook_name=hook)
+    if not is_core_run_again:  # what is newest says what the rest must have been made with
+        report = evaluate(levels("second", sae, [0]), own_model, tmp_path / "out", [meta], hook_name=hook)
+    of_core = report.results[report.results["evaluation"] == "core"]
+    assert set(of_core["sae"]) == {"second"}
+    assert set(report.results.loc[report.results["evaluation"] == "meta_structure", "sae"]) >= {"first"}
+    (sentence,) = report.skipped
+    assert sentence == (
+        f"core of first (level 0) is left out of table and figures: it was made with {message}; make it again with "
+        "--force, or choose another --output."
+    )
+    if what != "hook":  # an SAE of another layer may stand beside it
+        with pytest.warns(UserWarning, match="core of first .level 0. is not comparable to the newest results: it was"):
+            assert set(load_results(tmp_path / "out")["sae"]) == {"first", "second"}
+
+
+def test_levels_and_ways_of_training_are_no_other_settings(
+    model: Model, sae: MatryoshkaSAE, tinystories: Path, snippets: dict[str, list[str]], tmp_path: Path
+):
+    """Fewer latents can be ablated in a narrow level, and what an SAE was trained without is left out for it alone."""
+    split = {label: texts[:10] for label, texts in snippets.items()}
+    config = ScrAndTppEvalConfig(
+        perform_scr=False, dataset_names=["kinds"], n_values=[2, 20], train_set_size=20, test_set_size=10,
+        context_length=8, probe_epochs=1,
+    )  # fmt: skip
+    tpp = ConceptErasure(config, [LabelledText("kinds", split, split)])
+    other = copy.deepcopy(sae)
+    other.cfg.metadata.exclude_special_tokens = True
+    for saes in (levels("ours", sae, [0]), levels("theirs", other, [2])):
+        report = evaluate(saes, model, tmp_path, [tpp, _core(tinystories / "data")])
+        assert not report.skipped
+    assert set(report.results["sae"]) == {"ours", "theirs"}
+    report = evaluate(levels("ours", sae, [1]), model, tmp_path, [tpp])
+    assert not report.skipped
+
+
+def test_the_same_under_another_path_is_found_finished(
+    model: Model, sae: MatryoshkaSAE, tinystories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    text = _write_text(tmp_path / "text.jsonl", tinystories, 0)
+    shutil.copytree(tinystories / "model", tmp_path / "another name")
+    monkeypatch.chdir(tmp_path)
+    (path,) = _core(text).run(levels("ours", sae, [0]), model, "out")
+    first = path.read_text()
+    shutil.copy(text, tmp_path / "copy.jsonl")
+    for where in (Path("text.jsonl"), Path("copy.jsonl")):
+        assert _core(where).run(levels("ours", sae, [0]), tmp_path / "another name", "out")
+        assert path.read_text() == first
+
+
+def test_files_that_evaluate_has_not_written_are_refused_and_stay(
+    model: Model, sae: MatryoshkaSAE, tinystories: Path, tmp_path: Path
+):
+    written, mine = tmp_path / "written", tmp_path / "mine"
+    saes, core = levels("ours", sae, [0]), _core(tinystories / "data")
+    evaluate(saes, model, written, [core])
+    evaluate(saes, model, written, [core])  # its own files it replaces
+    mine.write_text("mine")
+    put: dict[str, Callable[[Path], object]] = {
+        "file": lambda path: path.write_text("sae,metric,value\nmine,1,2\n"),
+        "link": lambda path: path.symlink_to(mine),
+        "folder": Path.mkdir,
+    }
+    for name in ("results.csv", "metrics_by_width.png", "metrics_by_l0.png", "core"):
+        for kind in put if name != "core" else ("file", "link"):
+            output = tmp_path / f"{kind} for {name}"
+            shutil.copytree(written, output)
+            path = output / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            put[kind](path)
+            before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+            with pytest.raises(UserError, match=f"{name} (was not written by evaluate|is a file)"):
+                evaluate(saes, model, output, [core], force=True)
+            assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["levels", "whole", "widths by hand", "trained here"])
+def test_results_are_published_with_the_weights_that_they_were_measured_on_and_no_others(
+    kind: str, dtype: str, sae: MatryoshkaSAE, tmp_path: Path
+):
+    folder, widths, saved = tmp_path / "ours", None, sae
+    if kind in ("whole", "widths by hand"):
+        saved = sae.at_level(-1)
+        saved.cfg.metadata.matryoshka_widths = None
+        widths = None if kind == "whole" else [16, 128]
+    saved.save_model(folder)
+    if kind == "trained here":
+        torch.manual_seed(0)
+        trained = MatryoshkaTrainingSAE(MatryoshkaTrainingSAEConfig(64, 128, k=3, matryoshka_widths=[16, 48]))
+        trained.topk_threshold += 0.1
+        trained.save_inference_model(folder)
+    loaded = load_any(folder, widths=widths)
+    for evaluated in on_device(levels("ours", loaded), torch.device("cpu"), getattr(torch, dtype)):
+        row = {"sae": "ours", "level": evaluated.level, "width": evaluated.width, "weights": evaluated.hash}
+        results = tmp_path / str(evaluated.level)
+        results.mkdir()
+        pd.DataFrame([{**row, "metric": "m", "value": 1.0}]).to_csv(results / "results.csv", index=False)
+        (entry,) = plan_upload(find_saved_saes(folder), tmp_path, results=results).entries
+        assert entry.results[0]["value"] == "1.0"
+        assert "weights" not in entry.results[0]
+    weights = load_file(folder / "sae_weights.safetensors")
+    weights["b_dec"][0] += 1
+    save_file(weights, folder / "sae_weights.safetensors")
+    for results in (path for path in tmp_path.iterdir() if (path / "results.csv").is_file()):
+        with pytest.raises(UserError, match="were measured on other weights or settings than it has now"):
+            plan_upload(find_saved_saes(folder), tmp_path, results=results)
+
+
+def test_results_csv_says_what_was_measured(sae: MatryoshkaSAE, tinystories: Path, model: Model, tmp_path: Path):
+    sae.save_model(tmp_path / "ours")
+    evaluate(levels("ours", load_any(tmp_path / "ours")), model, tmp_path / "out", [_core(tinystories / "data")])
+    saved = find_saved_saes(tmp_path / "ours")
+    assert len(plan_upload(saved, tmp_path, results=tmp_path / "out").entries[0].results) > 50
+    sae.b_dec.data[0] += 1
+    sae.save_model(tmp_path / "ours")
+    with pytest.raises(UserError, match=r"results about level 0 of .*ours were measured on other weights"):
+        plan_upload(find_saved_saes(tmp_path / "ours"), tmp_path, results=tmp_path / "out")

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.saved.level_figures import LevelMetrics, write_level_figures
 from tests.hub.local_hub import OWNER_TOKEN, LocalHub
 
 
@@ -94,5 +95,12 @@ def save_trained_sae(folder: Path, private_folder: Path, seed: int = 0) -> Path:
         "logger": {"wandb_entity": "my-team", "run_name": f"from {private_folder}/start.sh --fast"},
     }
     (folder / "runner_cfg.json").write_text(json.dumps(runner_cfg))
-    (folder / "levels.csv").write_text("level,width,l0,fvu,dead\n0,3,1.1,0.7,0\n1,8,2.0,0.5,1\n2,20,3.0,0.25,5\n")
+    write_level_figures(
+        folder,
+        [
+            LevelMetrics(0, 3, l0=1.1, fvu=0.7, dead=0, dense=0, n_samples=100),
+            LevelMetrics(1, 8, l0=2.0, fvu=0.5, dead=1, dense=0, n_samples=100),
+            LevelMetrics(2, 20, l0=3.0, fvu=0.25, dead=5, dense=0, n_samples=100),
+        ],
+    )
     return folder

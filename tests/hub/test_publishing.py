@@ -290,6 +290,18 @@ def _nan(folder: Path) -> None:
     save_file(weights, folder / "sae_weights.safetensors")
 
 
+def _other_weights(folder: Path) -> None:
+    weights = load_file(folder / "sae_weights.safetensors")
+    weights["W_dec"][3, 1] += 1
+    save_file(weights, folder / "sae_weights.safetensors")
+
+
+def _other_setting(folder: Path) -> None:
+    cfg = json.loads((folder / "cfg.json").read_text())
+    cfg["apply_b_dec_to_input"] = not cfg["apply_b_dec_to_input"]
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+
+
 def _truncated(folder: Path) -> None:
     path = folder / "sae_weights.safetensors"
     path.write_bytes(path.read_bytes()[:-7])
@@ -314,6 +326,9 @@ def _training_checkpoint(folder: Path) -> None:
         (lambda folder: (folder / "levels.csv").write_text("a,b\n0,4\n"), "levels.csv has no column width"),
         (lambda folder: (folder / "levels.csv").write_text("width\n²\n"), "is not a table of levels: width='²'"),
         (lambda folder: (folder / "levels.csv").write_text("width,l0\n3,![](x)\n"), "is not a table of levels: l0="),
+        (lambda folder: (folder / "levels.csv").write_text("width\n3\n8\n20\n"), "or does not say on which; measure"),
+        (_other_weights, "levels.csv has figures that were measured on other weights"),
+        (_other_setting, "levels.csv has figures that were measured on other weights"),
     ],
 )
 def test_what_cannot_be_loaded_is_not_published(local_hub: LocalHub, saved_sae: Path, damage, message: str):

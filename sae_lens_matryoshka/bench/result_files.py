@@ -1,0 +1,93 @@
+"""SAEBench's result files, read back one by one, with what each was made from."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae_lens_matryoshka.bench.made_from import MADE_FROM
+from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.untrusted.bounded import load_json
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result file."""
+
+    path: Path
+    evaluation: str
+    sae: str
+    level: int | None
+    """Index of the level; None for SAEs without levels."""
+
+    width: int
+    metrics: dict[str, float]
+    config: dict[str, Any]
+    """SAEBench's config, as JSON has it."""
+
+    metadata: dict[str, Any]
+    """The SAE's."""
+
+    made_from: dict[str, Any]
+    """What it was made from, by content; empty for results that SAEBench itself has written."""
+
+    time: int
+    """When it was made, in milliseconds since 1970."""
+
+
+def read_results(folder: str | Path, evaluations: Iterable[str], warn: Callable[[str], object]) -> list[Result]:
+    """The result files of a folder.
+
+    Args:
+        folder: What evaluations wrote to.
+        evaluations: The names of evaluations.
+        warn: What to do with the sentence that says that a file is passed over.
+
+    Raises:
+        UserError: If there are no result files, or none that can be read.
+    """
+    paths = [path for name in evaluations for path in sorted(Path(folder, name).glob("*_eval_results.json"))]
+    paths = [path for path in paths if not path.name.startswith(".")]
+    if not paths:
+        raise UserError(f"There are no results in {folder}; expected files as sparse_probing/NAME_eval_results.json.")
+    results: list[Result] = []
+    for path in paths:
+        try:
+            results.append(_read(path))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            warn(f"{path} is passed over: it is not a whole result of SAEBench ({error!r}).")
+    if not results:
+        raise UserError(f"There are no readable results in {folder}.")
+    return results
+
+
+def _read(path: Path) -> Result:
+    result = load_json(path.read_text(encoding="utf-8"))
+    level = re.fullmatch(r"level_([0-9]{1,9})", result["sae_lens_id"])
+    name, width = result["sae_lens_release_id"], result["sae_cfg_dict"]["d_sae"]
+    metrics = {
+        metric: value for category in result["eval_result_metrics"].values() for metric, value in category.items()
+    }
+    # the core evaluation's figure beyond SAEBench's own
+    unstructured = result.get("eval_result_unstructured") or {}
+    metrics |= {name: value for name, value in unstructured.items() if isinstance(value, float)}
+    metadata = result["sae_cfg_dict"].get("metadata") or {}
+    config, made_from = result.get("eval_config") or {}, metadata.get(MADE_FROM) or {}
+    time = result.get("datetime_epoch_millis") or 0
+    wrong = [value for value in metrics.values() if value is not None and not isinstance(value, int | float)]
+    wrong += [value for value in (config, made_from) if not isinstance(value, dict)]
+    if not isinstance(name, str) or not isinstance(width, int) or not isinstance(time, int) or wrong:
+        raise TypeError("values of other types than SAEBench's")
+    return Result(
+        path,
+        path.parent.name,
+        name,
+        None if level is None else int(level[1]),
+        width,
+        {metric: value for metric, value in metrics.items() if value is not None},
+        config,
+        metadata,
+        made_from,
+        time,
+    )
