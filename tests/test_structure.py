@@ -9,7 +9,7 @@ import sae_lens_matryoshka
 PACKAGE = Path(sae_lens_matryoshka.__file__).parent
 LAYERS = [
     ["errors", "command_line_start"],
-    ["untrusted", "saelens_fields", "saelens_fields_table", "levels", "devices"],
+    ["untrusted", "saelens_fields", "saelens_fields_table", "levels", "devices", "model_folders"],
     ["run_files", "saved", "ops"],
     ["text"],
     ["saes"],
@@ -83,4 +83,8 @@ def test_the_files_that_entry_points_names_are_there():
     text = (PACKAGE.parent / "entry_points.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`([a-z_/]+\.py)`", text)) | {f"{name}/" for name in re.findall(r"`([a-z_]+)/`", text)}
     assert len(named) > 20
-    assert not [name for name in named if not (any((folder / name).exists() for folder in (PACKAGE, PACKAGE / "bench", PACKAGE.parent)))]
+    assert not [
+        name
+        for name in named
+        if not (any((folder / name).exists() for folder in (PACKAGE, PACKAGE / "bench", PACKAGE.parent)))
+    ]

@@ -141,7 +141,14 @@ class ActivationSource:
         self.look_again()
 
     def look_again(self) -> None:
-        """Name the model anew, which may have been changed since; done at the start of every evaluation."""
+        """Name the model anew, which may have been changed since; done at the start of every evaluation.
+
+        Raises:
+            UserError: If it has weights that are not finite: SAEBench turns the numbers that follow into others.
+        """
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise UserError(f"{name} of {self.name} holds values that are NaN or infinite; use another model.")
         self.model_hash = model_hash(self.model)
         self.tokenizer_hash = tokenizer_hash(self.model.tokenizer)
 
@@ -166,6 +173,8 @@ class ActivationSource:
                 f"hook_name={hook.name!r} is no hook of {self.name}, whose layers are 0 to {n_layers - 1}; name one "
                 f"as blocks.{min(hook.layer, n_layers - 1)}.hook_resid_post."
             )
+        if (head := sae.sae.cfg.metadata.hook_head_index) is not None:
+            raise UserError(f"{sae} is of one attention head (hook_head_index={head}); evaluations run on whole hooks.")
         shape = list(cache[hook.name].shape[2:])
         if shape != [sae.sae.cfg.d_in]:
             raise UserError(
@@ -237,10 +246,29 @@ class ActivationSource:
         found: dict[tuple[str, int], Tensor] = {}
         texts = [tokens[name][index] for name, index in places]
         for number, activations in activations_alone(self.model, texts, spec.hook, spec.batch_size):
+            check_finite_activations(activations, spec.hook, self)
             found[places[number]] = activations.masked_fill(special[places[number]][:, None], 0)
         return Entry(
             {name: torch.cat([found[name, index] for index in range(len(texts))]) for name, texts in tokens.items()},
             {"lengths": {name: [len(text) for text in texts] for name, texts in tokens.items()}},
+        )
+
+
+def check_finite_activations(activations: Tensor, hook: Hook, source: ActivationSource) -> None:
+    """Refuse activations that have overflowed: SAEBench turns the numbers that follow into others.
+
+    Args:
+        activations: Of any shape.
+        hook: Where they were taken.
+        source: The model's.
+
+    Raises:
+        UserError: If there are NaN or infinite ones.
+    """
+    if not activations.isfinite().all():
+        raise UserError(
+            f"Activations of {source.name} at {hook.name} are NaN or infinite in {source.dtype}; use a data type of "
+            f"more range, as --dtype float32."
         )
 
 

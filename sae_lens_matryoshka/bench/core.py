@@ -1,6 +1,7 @@
 """SAEBench's core evaluation: L0, variance explained, loss recovered, densities; on the same tokens for every SAE."""
 
 import dataclasses
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from sae_lens.evals import ExplainedVarianceCalculator
 from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
-from sae_lens_matryoshka.bench.activation_source import ActivationSource
+from sae_lens_matryoshka.bench.activation_source import ActivationSource, check_finite_activations
 from sae_lens_matryoshka.bench.cache import Entry
 from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView
 from sae_lens_matryoshka.bench.evaluation import Evaluation
@@ -101,6 +102,7 @@ class Core(Evaluation[CoreEvalConfig]):
                     ignore_tokens=special,  # type: ignore[arg-type]
                 )
                 explained = _explained_variance(view, hook, source, variance, special)
+            _check_finite_losses(scalar_metrics, sae)
             scalar_metrics["misc_metrics"] = core_main.calculate_misc_metrics(feature_metrics)
             yield sae, self._output(sae, view, scalar_metrics, feature_metrics, explained)
 
@@ -157,6 +159,17 @@ class Core(Evaluation[CoreEvalConfig]):
             **self.common_fields(sae, view),
             eval_result_unstructured={EXPLAINED_VARIANCE: explained_variance},
         )
+
+
+def _check_finite_losses(scalar_metrics: dict[str, Any], sae: EvaluatedSAE) -> None:
+    """Refuse losses that SAEBench would write as -1."""
+    for part in ("model_performance_preservation", "model_behavior_preservation"):
+        for metric, value in scalar_metrics.get(part, {}).items():
+            if metric.endswith(("_with_sae", "_without_sae")) and not math.isfinite(value):
+                raise UserError(
+                    f"{metric} of {sae} is {value}: with the SAE in it, or without, the model's logits are not finite; "
+                    f"use a data type of more range, as --dtype float32."
+                )
 
 
 @contextmanager
@@ -220,6 +233,7 @@ def _explained_variance(
             batch, names_filter=[hook.name], stop_at_layer=hook.layer + 1, prepend_bos=False
         )
         is_text = ~torch.isin(batch, torch.tensor(list(special), device=batch.device))
+        check_finite_activations(cache[hook.name], hook, source)
         activations = cache[hook.name][is_text]
         calculator.add_batch(view.decode(view.encode(activations)), activations)
     return calculator.compute()

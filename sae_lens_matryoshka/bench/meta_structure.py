@@ -18,6 +18,7 @@ from sae_lens_matryoshka.bench.upstream import (
     meta_structure_main,
     seed_everything,
 )
+from sae_lens_matryoshka.errors import UserError
 
 
 class MetaStructure(Evaluation[MetaStructureEvalConfig]):
@@ -32,7 +33,11 @@ class MetaStructure(Evaluation[MetaStructureEvalConfig]):
     reads_model = False
 
     def __init__(self, config: MetaStructureEvalConfig | None = None) -> None:
-        super().__init__(config or MetaStructureEvalConfig())
+        config = config or MetaStructureEvalConfig()
+        for field in ("train_steps", "batch_size", "width_ratio"):
+            if hasattr(config, field) and not getattr(config, field) > 0:
+                raise UserError(f"meta_structure.{field}={getattr(config, field)} must be above 0.")
+        super().__init__(config)
 
     def evaluate(
         self, group: Sequence[EvaluatedSAE], hook: Hook, source: ActivationSource

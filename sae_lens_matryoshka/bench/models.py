@@ -1,12 +1,15 @@
 """The language model: given as an object, by TransformerLens's name, or as the folder of a Hugging Face model."""
 
+import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.model_folders import check_model_folder
 
 Model = HookedTransformer | TransformerBridge
 
@@ -23,11 +26,12 @@ def load_model(model: "Model | str | Path", device: str = "cpu", dtype: str = "f
         dtype: The data type to load it as.
 
     Raises:
-        UserError: If there is no such model, or it cannot be fetched.
+        UserError: If there is no such model, it cannot be fetched, or tensors of it are missing or damaged.
     """
     if not isinstance(model, str | Path):
         return model
-    name = str(model)
+    name = os.path.expanduser(str(model))
+    check_model_folder(name)
     torch_dtype = getattr(torch, dtype)
     try:
         if not Path(name).is_dir():
@@ -36,7 +40,7 @@ def load_model(model: "Model | str | Path", device: str = "cpu", dtype: str = "f
             except ValueError:  # a name that HookedTransformer does not know
                 pass
         bridge = TransformerBridge.boot_transformers(name, device=device, dtype=torch_dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"The model {name!r} cannot be loaded ({str(error).splitlines()[0].rstrip('.')}); "
             "pass a folder with a Hugging Face model, a name that TransformerLens knows, or the model itself."

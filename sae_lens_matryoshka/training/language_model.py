@@ -23,6 +23,7 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from torch import Tensor
 from typing_extensions import override
 
+from sae_lens_matryoshka.model_folders import check_model_folder
 from sae_lens_matryoshka.saved.trained_from import record_local_paths
 from sae_lens_matryoshka.text.data_set import open_data_set
 from sae_lens_matryoshka.training.fused_adam import fuse_adam
@@ -140,9 +141,10 @@ def language_model_runner(
         start: The SAE to train on from; None starts a new one.
 
     Raises:
-        ConfigError: If model or data set cannot be loaded, or do not go with the config.
+        UserError: If model or data set cannot be loaded, or do not go with the config.
     """
     check_context_size(cfg)
+    check_model_folder(cfg.model_name)
     torch.manual_seed(cfg.seed)
     with loading_errors(cfg):
         if isinstance(cfg, MultiSAETrainingRunnerConfig):

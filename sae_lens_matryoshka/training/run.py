@@ -162,10 +162,11 @@ def _train_on_language_model(
     check_output(output, force, other)
     cfg.resume_from_checkpoint = None if resume is None else find_checkpoint(cfg, resume)
     start = _starting_point(cfg)
-    with staged_folder(output, force) as staging, checkpoint_folder(cfg), _saving_errors(output):
+    with staged_folder(output, force) as staging, checkpoint_folder(cfg):
         cfg.output_path = str(staging)
         runner = language_model_runner(cfg, checkpointing, start)
-        runner.run()
+        with _saving_errors(output):
+            runner.run()
         _record_output_path(staging, output)
         return runner.saved()
 

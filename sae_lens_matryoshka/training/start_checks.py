@@ -10,6 +10,7 @@ import torch
 from datasets.exceptions import DatasetGenerationError
 from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
 from sae_lens import logger as saelens_logger
+from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from sae_lens_matryoshka.errors import ConfigError, UserError
@@ -29,6 +30,10 @@ def loading_errors(cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRun
         raise ConfigError(
             f"Could not load the {what} from the Hugging Face Hub or the local cache ({reason}); to use local copies "
             f"set model_name and dataset_path to their folders: --set model_name=DIR --set dataset_path=DIR."
+        ) from error
+    except SafetensorError as error:
+        raise ConfigError(
+            f"The weights of the model {cfg.model_name!r} are truncated or damaged ({error}); fetch or copy it again."
         ) from error
     except DatasetGenerationError as error:  # files of a data set on the Hub that do not go together
         reason = " ".join(str(error.__cause__ or error).split())[:300].rstrip(".")
