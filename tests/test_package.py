@@ -42,7 +42,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile):
 def test_the_wheel_has_the_licence_and_the_command(wheel: zipfile.ZipFile):
     contents = {name.partition(".dist-info/")[2]: wheel.read(name).decode() for name in wheel.namelist()}
     assert contents["licenses/LICENSE"] == (REPOSITORY / "LICENSE").read_text(encoding="utf-8")
-    assert "sae-lens-matryoshka = sae_lens_matryoshka.cli:main" in contents["entry_points.txt"]
+    assert "sae-lens-matryoshka = sae_lens_matryoshka.cli.command_line:main" in contents["entry_points.txt"]
 
 
 def test_the_metadata_say_whose_it_is_and_where_it_is_from(wheel: zipfile.ZipFile):

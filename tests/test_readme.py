@@ -122,7 +122,7 @@ def test_the_local_tinystories_commands_run(tinystories: Path, tmp_path: Path):
     if find_spec("sae_bench") is None:
         pytest.skip("all but the evaluation has run; that needs SAEBench: pip install -e '.[dev,bench]'")
     (code,) = _python_blocks(".bench")
-    assert "sparse_probing" in _run_block(code, tmp_path, tinystories)
+    assert "ours" in _run_block(code, tmp_path, tinystories)
     evaluated = _run(evaluate, tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr[-2000:]
     assert "loss recovered" in evaluated.stdout

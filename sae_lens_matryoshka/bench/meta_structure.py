@@ -34,8 +34,8 @@ class MetaStructure(Evaluation[MetaStructureEvalConfig]):
 
     def __init__(self, config: MetaStructureEvalConfig | None = None) -> None:
         config = config or MetaStructureEvalConfig()
-        for field in ("train_steps", "batch_size", "width_ratio"):
-            if hasattr(config, field) and not getattr(config, field) > 0:
+        for field in ("width_ratio", "k", "train_steps", "train_batch_size", "eval_batch_size"):
+            if not getattr(config, field) > 0:
                 raise UserError(f"meta_structure.{field}={getattr(config, field)} must be above 0.")
         super().__init__(config)
 

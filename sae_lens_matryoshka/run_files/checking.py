@@ -119,6 +119,8 @@ def check_run_file(run: Mapping[str, Any], trust_remote_code: bool = False) -> C
         check_sae_in_run(sae.values, everything, f"{sae.field}.{{}}".format)
     if config != "SyntheticSAERunnerConfig":
         check_language_model_run(everything)
+        if everything["use_chat_formatting"]:
+            values.setdefault("is_dataset_tokenized", False)  # SAELens's default, true, does not go with chats
         values.setdefault("dataset_trust_remote_code", False)  # SAELens's default is to run what comes with a data set
     return CheckedRun(config, values, saes)
 

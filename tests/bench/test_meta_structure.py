@@ -1,15 +1,19 @@
 """Meta-structure equals SAEBench's own run, for every level."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from sae_lens_matryoshka import MatryoshkaSAE
 from sae_lens_matryoshka.bench.activation_source import ActivationSource
 from sae_lens_matryoshka.bench.evaluated_saes import levels
 from sae_lens_matryoshka.bench.meta_structure import MetaStructure
 from sae_lens_matryoshka.bench.upstream import MetaStructureEvalConfig, meta_structure_main, seed_everything
+from sae_lens_matryoshka.errors import UserError
 from tests.bench.fixtures import assert_equal, upstream_sae
 
 
@@ -32,3 +36,9 @@ def test_every_level_equals_saebench_own_run(
             del result["eval_result_metrics"]["meta_structure"]["train_time_seconds"]
         for part in ("eval_config", "eval_result_metrics"):
             assert_equal(written[part], theirs[part])
+
+
+@pytest.mark.parametrize("field", ["width_ratio", "k", "train_steps", "train_batch_size", "eval_batch_size"])
+def test_numbers_with_which_nothing_would_be_trained(field: str):
+    with pytest.raises(UserError, match=rf"meta_structure.{field}=0(\.0)? must be above 0"):
+        MetaStructure(dataclasses.replace(MetaStructureEvalConfig(), **{field: 0}))
