@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 from rich.table import Column, Table
 
-from sae_lens_matryoshka.cli.loading import finite_number, load_saelens, parse_widths
+from sae_lens_matryoshka.cli.arguments import finite_number, parse_widths
+from sae_lens_matryoshka.cli.loading import load_saelens
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.run_files.saes import same_folder, why_no_folder
 from sae_lens_matryoshka.untrusted.bounded import load_yaml

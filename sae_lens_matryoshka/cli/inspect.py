@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from sae_lens_matryoshka.cli.loading import load_saelens, parse_widths
+from sae_lens_matryoshka.cli.arguments import parse_widths
+from sae_lens_matryoshka.cli.loading import load_saelens
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.untrusted.terminal import PlainConsole
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from sae_lens_matryoshka.cli.loading import finite_number, load_saelens, positive_count
+from sae_lens_matryoshka.cli.arguments import finite_number, positive_count
+from sae_lens_matryoshka.cli.loading import load_saelens
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.run_files.checking import check_run_file
 from sae_lens_matryoshka.run_files.reading import read_run_file

@@ -1,4 +1,4 @@
-"""Training from a run file: SAELens's own runners, then a calibrated threshold and a table of the levels.
+"""Training from a run file or a config: SAELens's own runners, then a calibrated threshold and a table of the levels.
 
 The data's way: run file -> SAELens's runner config -> SAELens's runner (model, activation store, trainer) -> saved SAEs
 in their place -> thresholds calibrated on fresh activations -> figures a level. What fails after saving costs no SAE.
@@ -19,7 +19,12 @@ from sae_lens.synthetic import RUNNER_CONFIG_FILENAME, SyntheticSAERunnerConfig
 from safetensors import SafetensorError
 
 from sae_lens_matryoshka.errors import ConfigError, UserError
-from sae_lens_matryoshka.run_files.building import RunnerConfigs, build_runner_configs, check_runner_config
+from sae_lens_matryoshka.run_files.building import (
+    RunnerConfig,
+    RunnerConfigs,
+    build_runner_configs,
+    check_runner_config,
+)
 from sae_lens_matryoshka.training.language_model import language_model_runner
 from sae_lens_matryoshka.training.option_checks import check_samples, check_synthetic_options
 from sae_lens_matryoshka.training.options import CheckpointOptions
@@ -62,7 +67,7 @@ class TrainResult:
 
 
 def train(
-    run: "Mapping[str, Any] | LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig | SyntheticSAERunnerConfig[Any]",  # noqa: E501
+    run: "Mapping[str, Any] | RunnerConfig",
     output: str | Path | None = None,
     resume: str | Path | None = None,
     force: bool = False,
@@ -123,11 +128,11 @@ def train(
         return _finish(language_model_runner(configs, checkpointing).saved(), output_path, samples)
 
 
-def _runner_configs(run: Any, trust_remote_code: bool) -> RunnerConfigs:
+def _runner_configs(run: "Mapping[str, Any] | RunnerConfig", trust_remote_code: bool) -> RunnerConfigs:
     """The configs of a run; SAELens's own objects are copied, since training sets fields of them."""
     if isinstance(run, Mapping):
         return build_runner_configs(run, trust_remote_code)
-    configs = copy.copy(run)
+    configs = copy.deepcopy(run)
     check_runner_config(configs)
     if not isinstance(configs, SyntheticSAERunnerConfig) and not trust_remote_code:
         configs.dataset_trust_remote_code = False
