@@ -24,7 +24,7 @@ from sae_lens_matryoshka.bench.results import HEADLINES, results_table
 from sae_lens_matryoshka.bench.side_by_side import Call, comparable
 from sae_lens_matryoshka.errors import REPORT_BUG, UserError
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
-from sae_lens_matryoshka.untrusted.csv_tables import as_text
+from sae_lens_matryoshka.untrusted.csv_tables import write_csv
 from sae_lens_matryoshka.untrusted.terminal import printable
 
 
@@ -93,8 +93,7 @@ def evaluate(
         for name in OWN_FILENAMES:
             (output / name).unlink(missing_ok=True)
         return Report(output, results, failures, skipped)
-    texts = {column: results[column].map(as_text) for column in ("sae", "evaluation", "metric")}
-    results.assign(**texts).to_csv(output / RESULTS_FILENAME, index=False)
+    write_csv(output / RESULTS_FILENAME, results.astype(object).where(results.notna(), "").to_dict("records"))
     plot_results(results, output)
     return Report(output, results, failures, skipped)
 
