@@ -28,6 +28,7 @@ from sae_lens_matryoshka.training.resuming.checkpointer import Checkpointer
 from sae_lens_matryoshka.training.resuming.checkpoints import find_checkpoint
 from sae_lens_matryoshka.training.resuming.manifest import write_manifest
 from sae_lens_matryoshka.training.run import train
+from tests import processes
 from tests.tiny_runs import assert_same_saes, tiny_multi_run, tiny_run, tiny_sae
 
 SAMPLES: Any = {"calibration_samples": 500, "measure_samples": 500}
@@ -323,9 +324,9 @@ def test_what_killed_runs_have_left_is_removed_and_what_live_ones_write_is_not(
 def test_the_buffer_limit_and_the_number_of_checkpoints_on_the_command_line(tinystories: Path, tmp_path: Path):
     run_file = tmp_path / "run.yaml"
     run_file.write_text(yaml.safe_dump(tiny_run(tinystories, tmp_path / "checkpoints", training_tokens=20 * 128)))
-    command = [sys.executable, "-m", "sae_lens_matryoshka", "train", str(run_file), "--output", str(tmp_path / "out")]
-    command += ["--max-buffer-gb", "0.00001", "--keep-checkpoints", "1", "--calibration-samples", "0"]
-    done = subprocess.run([*command, "--measure-samples", "500"], capture_output=True, text=True)
+    command = ["train", str(run_file), "--output", str(tmp_path / "out"), "--max-buffer-gb", "0.00001"]
+    command += ["--keep-checkpoints", "1", "--calibration-samples", "0", "--measure-samples", "500"]
+    done = processes.run(command, tmp_path)
     assert done.returncode == 0, done.stderr
     [checkpoint] = _checkpoints(tmp_path / "checkpoints")
     assert re.search(rf"Checkpoint {checkpoint}: 0\.\d MB in \d", done.stderr)

@@ -3,8 +3,6 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from sae_lens import SAETrainer
 
 from sae_lens_matryoshka.training import language_model
 from sae_lens_matryoshka.training.run import train
+from tests import processes
 from tests.tiny_runs import assert_same_saes, interrupt_at_step, tiny_multi_run, tiny_run, tiny_sae
 
 SAMPLES: Any = {"calibration_samples": 1000, "measure_samples": 1000}
@@ -23,8 +22,8 @@ SAMPLES: Any = {"calibration_samples": 1000, "measure_samples": 1000}
 def _command(run: dict[str, Any], folder: Path) -> list[str]:
     run_file = folder / "run.yaml"
     run_file.write_text(yaml.safe_dump(run))
-    command = [sys.executable, "-m", "sae_lens_matryoshka", "train", str(run_file), "--resume", "auto"]
-    return [*command, "--output", str(folder / "out"), "--calibration-samples", "1000", "--measure-samples", "1000"]
+    command = ["train", str(run_file), "--resume", "auto", "--output", str(folder / "out")]
+    return [*command, "--calibration-samples", "1000", "--measure-samples", "1000"]
 
 
 def _kill_after_progress(command: list[str], checkpoints: Path, moment: random.Random) -> tuple[int, bool]:
@@ -35,12 +34,13 @@ def _kill_after_progress(command: list[str], checkpoints: Path, moment: random.R
     """
     there = set(checkpoints.glob("*/[0-9]*"))
     n_new, delay = moment.randint(1, 3), moment.uniform(0, 0.08)
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=checkpoints.parent) as run:
-        while run.poll() is None and len(set(checkpoints.glob("*/[0-9]*")) - there) < n_new:
-            time.sleep(0.002)
-        time.sleep(delay)
-        run.send_signal(signal.SIGKILL)
-        assert run.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    run = processes.start(command, checkpoints.parent, checkpoints.parent)
+    while run.is_alive() and len(set(checkpoints.glob("*/[0-9]*")) - there) < n_new:
+        time.sleep(0.002)
+    time.sleep(delay)
+    run.kill()
+    run.join()
+    assert run.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
     return len(list(checkpoints.glob("*/[0-9]*"))), bool(list(checkpoints.glob("*/.*.partial")))
 
 
@@ -63,7 +63,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
         n_complete, half_written = _kill_after_progress(command, tmp_path / "checkpoints", moment)
         print(f"seed {seed}, kill {kill}: {n_complete} checkpoints complete, one half written: {half_written}")
         assert not (tmp_path / "out").exists()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = processes.run(command, tmp_path)
     assert done.returncode == 0, done.stderr
     assert_same_saes(expected, tmp_path / "out")
     folders = [path for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()]

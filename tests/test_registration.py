@@ -1,9 +1,8 @@
 """Registration with SAELens: repeatable, never over a foreign class, and seen by SAELens's own argument parser."""
 
 import importlib
-import subprocess
-import sys
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -18,6 +17,7 @@ from sae_lens_matryoshka import (
     MatryoshkaTrainingSAEConfig,
 )
 from sae_lens_matryoshka.registration import INFERENCE_CLASSES, TRAINING_CLASSES
+from tests import processes
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def test_importing_registers_and_repeating_changes_nothing():
     _assert_registered()
 
 
-def test_built_in_architectures_are_untouched():
+def test_built_in_architectures_are_untouched(tmp_path: Path):
     code = """
 import sae_lens.registry as r
 import sae_lens
@@ -55,7 +55,8 @@ for registry, old, new in zip((r.SAE_CLASS_REGISTRY, r.SAE_TRAINING_CLASS_REGIST
     assert {k: v for k, v in registry.items() if k in old} == old
     assert set(registry) - set(old) == new, set(registry) - set(old)
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = processes.run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_reloaded_copy_of_our_class_replaces_the_old_one():
@@ -74,7 +75,7 @@ def test_a_foreign_class_is_named_and_neither_registry_changes(registry: dict[st
     assert (SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY) == before
 
 
-def test_saelens_argument_parser_offers_the_architecture():
+def test_saelens_argument_parser_offers_the_architecture(tmp_path: Path):
     code = """
 import sys
 from unittest import mock
@@ -85,12 +86,8 @@ with mock.patch("sae_lens.load_model.load_model", side_effect=SystemExit("model 
     main(["saelens", "--architecture", "matryoshka", "--d_in", "64", "--d_sae", "256", "--k", "8",
           "--matryoshka_widths", "16", "64", "256", "--level_weights", "1", "1", "2", "--dataset_path", "x"])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = processes.run(code, tmp_path)
     assert done.stderr.strip() == "model wanted"  # so the arguments made a valid config
-    bad = subprocess.run(
-        [sys.executable, "-m", "sae_lens_matryoshka", "saelens", "--architecture", "matryoshkaa"],
-        capture_output=True,
-        text=True,
-    )
+    bad = processes.run(["saelens", "--architecture", "matryoshkaa"], tmp_path)
     assert bad.returncode != 0
     assert "matryoshka" in bad.stdout + bad.stderr

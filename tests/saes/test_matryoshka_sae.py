@@ -1,8 +1,6 @@
 """Levels of a saved SAE: what they compute, how they are cut out, saved, loaded and used in SAELens."""
 
 import copy
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +36,7 @@ from sae_lens_matryoshka import (
     hub,
 )
 from sae_lens_matryoshka.errors import UserError
+from tests import processes
 from tests.conftest import random_matryoshka_sae
 
 NORMALIZATIONS = ["none", "layer_norm", "constant_norm_rescale"]
@@ -210,7 +209,8 @@ x = torch.load({str(tmp_path / "x.pt")!r}, weights_only=True)
 torch.save(SAE.load_from_disk({str(tmp_path)!r})(x).detach(), {str(tmp_path / "y.pt")!r})
 assert not any(name.startswith("sae_lens_matryoshka") for name in sys.modules)
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = processes.run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
     output = torch.load(tmp_path / "y.pt", weights_only=True)
     torch.testing.assert_close(output, MatryoshkaSAE.from_sae(training_sae)(x).detach())
 
