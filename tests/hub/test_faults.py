@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.utils import _http
 
 from sae_lens_matryoshka import hub
 from sae_lens_matryoshka.cli.command_line import main
@@ -87,12 +89,20 @@ def test_the_hub_refuses_or_fails(filled_hub: LocalHub, saved_sae: Path, pattern
     assert hub.load("owner/saes", ID).widths == [3, 8, 20]
 
 
+@pytest.fixture
+def _quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client tries as often as ever, but waits a twentieth of the time in between, which is half a minute else."""
+    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 20)))
+
+
+@pytest.mark.usefixtures("_quick_retries")
 def test_the_storage_fails_again_and_again(filled_hub: LocalHub, saved_sae: Path):
     filled_hub.faults = [Fault(STORAGE, 500)]
     _push_fails(filled_hub, saved_sae, r"The Hub failed \(500\).*Nothing was published")
     assert sum(request.startswith("PUT") for request in filled_hub.requests) >= 6  # the client tries six times
 
 
+@pytest.mark.usefixtures("_quick_retries")
 def test_the_server_dies_while_a_file_is_sent_and_the_next_push_goes_on(filled_hub: LocalHub, saved_sae: Path):
     filled_hub.faults = [Fault(STORAGE, dies=True)]
     _push_fails(filled_hub, saved_sae, r"(cannot be reached, or broke off|upload broke off) .*Nothing was published")
