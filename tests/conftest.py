@@ -22,6 +22,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sae_lens_matryoshka import MatryoshkaJumpReLUSAE, MatryoshkaJumpReLUSAEConfig
 
+SLOWEST_FIRST = ["test_real_run.py", "test_readme.py", "test_runner.py", "test_killed_runs.py", "test_examples.py"]
+"""Files that take long for few tests; begun last, one of them would keep a single process busy at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give pytest-xdist the slowest files first, which it hands out in this order."""
+    places = {name: place for place, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 TINYSTORIES = Path(__file__).parents[2] / "shared" / "tinystories"
 
 
