@@ -21,6 +21,7 @@ from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
 from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
+from tests.saes.step_inputs import dead_mask, train_step_input
 
 SIZES: dict[str, Any] = {"d_in": 16, "d_sae": 64, "k": 4, "matryoshka_widths": [8, 24, 64]}
 BATCH_SIZE = 128
@@ -41,9 +42,7 @@ def _trainer(sae: TrainingSAE[Any], n_steps: int) -> SAETrainer[Any, Any]:
 
 
 def _step_input(sae_in: Tensor, is_logging_step: bool = False) -> TrainStepInput:
-    dead = torch.zeros(SIZES["d_sae"], dtype=torch.bool)
-    dead[[3, 30, 31]] = True
-    return TrainStepInput(sae_in, {}, dead, 0, is_logging_step)
+    return train_step_input(sae_in, dead_mask([3, 30, 31], SIZES["d_sae"]), is_logging_step=is_logging_step)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_matryoshka_aux_loss": True}, {"rescale_acts_by_decoder_norm": False}])
@@ -207,10 +206,7 @@ def test_what_a_batch_selects_fires_in_the_saved_sae(tmp_path: Path, dtype: str,
         torch.manual_seed(seed)
         sae = MatryoshkaTrainingSAE(MatryoshkaTrainingSAEConfig(**{**SIZES, **options}))
         x = torch.randn(64, SIZES["d_in"]).to(sae.dtype)
-        selected = [
-            sae.training_forward_pass(TrainStepInput(x, {}, None, 0, False)).feature_acts.to_dense() > 0
-            for _ in range(3)
-        ][-1]
+        selected = [sae.training_forward_pass(train_step_input(x)).feature_acts.to_dense() > 0 for _ in range(3)][-1]
         sae.save_inference_model(tmp_path / str(seed))
         saved = SAE.load_from_disk(tmp_path / str(seed))
         fired = saved.encode(x) > 0

@@ -10,10 +10,10 @@ import torch
 from sae_lens import SAETrainer, TrainingSAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
-from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
 from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
+from tests.saes.step_inputs import activations, dead_mask, train_step_input
 
 ARCHITECTURES = ["matryoshka", "matryoshka_topk", "matryoshka_jumprelu", "matryoshka_standard"]
 
@@ -34,7 +34,7 @@ def _trainer(architecture: str, n_steps: int = 20, **options: Any) -> SAETrainer
 def _train(trainer: SAETrainer[Any, Any], steps: range) -> list[float]:
     losses: list[float] = []
     for step in steps:
-        x = torch.randn(32, 6, generator=torch.Generator().manual_seed(step)).to(trainer.sae.dtype)
+        x = activations(32, 6, step).to(trainer.sae.dtype)
         losses.append(trainer.step(x).loss.item())
         trainer.n_training_steps += 1
     return losses
@@ -65,7 +65,7 @@ def test_ordering_equals_moving_parameters_and_optimizer_state_together(architec
     contribution = torch.zeros(24, dtype=torch.float64)
     orders: set[tuple[int, ...]] = set()
     for step in range(20):
-        x = torch.randn(32, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        x = activations(32, 6, step, torch.float64)
         outputs = []
         with torch.no_grad():  # before the step, which changes the decoder
             norms = moved.sae.W_dec.norm(dim=-1)
@@ -97,8 +97,8 @@ def test_a_permutation_within_a_level_changes_no_loss(architecture: str):
         for name, parameter in second.named_parameters():
             if name != "b_dec":
                 parameter.copy_(parameter[:, order] if name == "W_enc" else parameter[order])
-    step_input = TrainStepInput(torch.randn(32, 6, generator=generator), {"l0": 1.0, "l1": 1.0}, None, 0, False)
-    losses = [sae.training_forward_pass(step_input).losses for sae in (first, second)]
+    x = torch.randn(32, 6, generator=generator)
+    losses = [sae.training_forward_pass(train_step_input(x)).losses for sae in (first, second)]
     assert losses[0].keys() == losses[1].keys() >= {"inner_mse_loss_3", "inner_mse_loss_8", "mse_loss"}
     for name, loss in losses[0].items():
         torch.testing.assert_close(loss, losses[1][name], rtol=1e-5, atol=1e-7)
@@ -135,8 +135,8 @@ def test_a_checkpoint_read_by_saelens_trains_on_and_its_statistics_keep_their_dt
             assert loaded.get_buffer(name).dtype == tensor.dtype, name
             if dtype != "bfloat16":
                 torch.testing.assert_close(loaded.get_buffer(name), tensor, rtol=1e-6, atol=0)
-    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(9)).to(loaded.dtype)
-    loaded.training_forward_pass(TrainStepInput(x, {"l0": 1.0, "l1": 1.0}, None, 3, False)).loss.backward()
+    x = activations(32, 6, 9).to(loaded.dtype)
+    loaded.training_forward_pass(train_step_input(x, step=3)).loss.backward()
     with pytest.raises(ValueError, match="is a training checkpoint, not a saved SAE"):
         MatryoshkaSAE.load_from_disk(tmp_path / "checkpoint")
     trainer.sae.save_inference_model(tmp_path / "saved")
@@ -152,20 +152,14 @@ def test_a_checkpoint_of_the_twin_can_be_trained_on(architecture: str, twin: str
         json.dumps({**cfg, "architecture": architecture, "k": 3, "matryoshka_widths": [3, 24]})
     )
     sae: Any = TrainingSAE.load_from_disk(tmp_path)
-    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(9))
-    assert sae.training_forward_pass(TrainStepInput(x, {"l1": 1.0}, None, 0, False)).loss.isfinite()
+    assert sae.training_forward_pass(train_step_input(activations(32, 6, 9))).loss.isfinite()
 
 
 @pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm_rescale"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_copy_trains_as_its_original(architecture: str, normalize: str):
     sae = _trainer(architecture, normalize_activations=normalize).sae
-    step_inputs = [
-        TrainStepInput(
-            torch.randn(n, 6, generator=torch.Generator().manual_seed(n)), {"l0": 1.0, "l1": 1.0}, None, 0, False
-        )
-        for n in (32, 20)
-    ]
+    step_inputs = [train_step_input(activations(n, 6, n)) for n in (32, 20)]
     sae.training_forward_pass(step_inputs[0])
     copied = copy.deepcopy(sae)
     losses = [one.training_forward_pass(step_inputs[1]).loss for one in (copied, sae)]
@@ -175,8 +169,8 @@ def test_a_copy_trains_as_its_original(architecture: str, normalize: str):
 def test_drawn_prefixes_are_trained_and_the_levels_are_reported():
     trainer = _trainer("matryoshka", prefix_sampling={"n_prefixes": 4})
     sae = trainer.sae
-    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
-    output = sae.training_forward_pass(TrainStepInput(x, {}, torch.zeros(24, dtype=torch.bool), 3, True))
+    x = activations(32, 6, 0)
+    output = sae.training_forward_pass(train_step_input(x, dead_mask([], 24), step=3, is_logging_step=True))
     widths = sae.prefixes(3).widths
     assert widths == sae.cfg.prefix_law.draw(24, 3)
     assert widths != sae.prefixes(4).widths
@@ -195,14 +189,14 @@ def test_drawn_prefixes_are_trained_and_the_levels_are_reported():
 def test_with_a_stopped_gradient_larger_levels_do_not_move_smaller_ones():
     sae = _trainer("matryoshka", stop_gradient_between_levels=True, level_weights=[1.0, 1.0, 1000.0]).sae
     plain = _trainer("matryoshka").sae
-    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
+    x = activations(32, 6, 0)
     for one in (sae, plain):
-        one.training_forward_pass(TrainStepInput(x, {}, None, 0, False)).loss.backward()
+        one.training_forward_pass(train_step_input(x)).loss.backward()
     alone: TrainingSAE[Any] = MatryoshkaTrainingSAE(
         MatryoshkaTrainingSAEConfig(6, 24, k=3, matryoshka_widths=[3, 8, 24], level_weights=[1.0, 0.0, 0.0])
     )
     alone.load_state_dict(plain.state_dict())
-    alone.training_forward_pass(TrainStepInput(x, {}, None, 0, False)).loss.backward()
+    alone.training_forward_pass(train_step_input(x)).loss.backward()
     stopped, expected, usual = (dict(one.named_parameters())["W_dec"].grad for one in (sae, alone, plain))
     assert stopped is not None and expected is not None and usual is not None  # noqa: PT018
     torch.testing.assert_close(stopped[:3], expected[:3])

@@ -18,6 +18,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 
 from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
+from tests.saes.step_inputs import activations, dead_mask, train_step_input
 
 WIDTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12, unique=True).map(sorted)
 NORMALIZED = ("layer_norm", "constant_norm_rescale")
@@ -38,10 +39,7 @@ def _pair(seed: int, **cfg: Any) -> tuple[MatryoshkaTrainingSAE, MatryoshkaBatch
 
 
 def _step_input(batch: int, d_in: int, dead: list[int], d_sae: int, seed: int, dtype: torch.dtype) -> TrainStepInput:
-    mask = torch.zeros(d_sae, dtype=torch.bool)
-    mask[dead] = True
-    x = torch.randn(batch, d_in, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    return TrainStepInput(x, {}, mask, 0, False)
+    return train_step_input(activations(batch, d_in, seed).to(dtype), dead_mask(dead, d_sae))
 
 
 def _assert_same_step(

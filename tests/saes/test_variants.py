@@ -13,6 +13,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens_matryoshka import MatryoshkaSAE
 from sae_lens_matryoshka.saes import thresholded_family
 from sae_lens_matryoshka.saes.thresholded_family import ThresholdedTrainingSAE
+from tests.saes.step_inputs import train_step_input
 
 TWINS = {
     "matryoshka": "batchtopk",
@@ -64,7 +65,7 @@ def _step_input(batch: int, d_sae: int, seed: int, dtype: torch.dtype = torch.fl
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, D_IN, generator=generator, dtype=torch.float64).to(dtype)
     dead = torch.rand(d_sae, generator=generator) < 0.2
-    return TrainStepInput(x, COEFFICIENTS, dead, step, False)
+    return train_step_input(x, dead, COEFFICIENTS, step)
 
 
 def _list_few(sae: Any, listed: bool):
