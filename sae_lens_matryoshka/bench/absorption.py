@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -24,9 +25,6 @@ from sae_lens_matryoshka.bench.evaluation import Evaluation
 from sae_lens_matryoshka.bench.upstream import (
     AbsorptionEvalConfig,
     AbsorptionEvalOutput,
-    AbsorptionMeanMetrics,
-    AbsorptionMetricCategories,
-    AbsorptionResultDetail,
     FeatureAbsorptionCalculator,
     RandomState,
     absorption_common,
@@ -157,21 +155,19 @@ class Absorption(Evaluation[AbsorptionEvalConfig]):
         return _FirstLetters.from_entry(source.cache.get_or_compute(key, compute))
 
     def _sparse_probes(
-        self,
-        view: SAEView,
-        letters: "_FirstLetters",
-        latents: Float[Tensor, "words width"] | None,
-        layer: int,
+        self, view: SAEView, letters: "_FirstLetters", latents: Float[Tensor, "words width"] | None, layer: int
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
         """SAEBench's raw scores and metrics of k-sparse probes, for k up to where every letter's F1 stops rising."""
         config = self.config
+        # an SAE whose input is latents already
+        of_latents = SimpleNamespace(cfg=view.cfg, device=view.device, dtype=view.dtype, encode=lambda x: x)
         most = min(config.max_k_value, view.cfg.d_sae)
         fitted = min(3, most)
         while True:
             letters.random_state.restore()
             with torch.enable_grad():
                 probes = k_sparse_probing.train_k_sparse_probes(
-                    view if latents is None else _LatentsAsActivations(view),  # type: ignore[arg-type]
+                    view if latents is None else of_latents,  # type: ignore[arg-type]
                     letters.train_labels,
                     letters.train_activations if latents is None else latents,
                     ks=range(1, fitted + 1),
@@ -208,35 +204,17 @@ class Absorption(Evaluation[AbsorptionEvalConfig]):
                 f"min_GT_probe_f1={self.config.min_GT_probe_f1}, fewer than min_feats_for_eval="
                 f"{self.config.min_feats_for_eval}; use a larger model or lower them in the config."
             )
-        details = [
-            AbsorptionResultDetail(
-                first_letter=row["letter"],
-                mean_absorption_fraction=row["mean_absorption_fraction"],
-                full_absorption_rate=row["full_absorption_rate"],
-                num_full_absorption=row["num_full_absorption"],
-                num_probe_true_positives=row["num_probe_true_positives"],
-                num_split_features=row["num_split_feats"],
-            )
-            for row in letters.to_dict(orient="records")
-            if row["letter"] in found
-        ]
-        fractions = [detail.mean_absorption_fraction for detail in details]
-        rates = [detail.full_absorption_rate for detail in details]
-        splits = [float(detail.num_split_features) for detail in details]
-        return AbsorptionEvalOutput(
-            **self.common_fields(sae, view),
-            eval_result_metrics=AbsorptionMetricCategories(
-                mean=AbsorptionMeanMetrics(
-                    mean_absorption_fraction_score=statistics.mean(fractions),
-                    mean_full_absorption_score=statistics.mean(rates),
-                    mean_num_split_features=statistics.mean(splits),
-                    std_dev_absorption_fraction_score=_deviation(fractions),
-                    std_dev_full_absorption_score=_deviation(rates),
-                    std_dev_num_split_features=_deviation(splits),
-                )
-            ),
-            eval_result_details=details,
-        )
+        letters = letters.rename(columns={"letter": "first_letter", "num_split_feats": "num_split_features"})
+        details = letters[letters["first_letter"].isin(found)].to_dict(orient="records")
+        mean: dict[str, float] = {}
+        for field, metric in (
+            ("mean_absorption_fraction", "absorption_fraction_score"),
+            ("full_absorption_rate", "full_absorption_score"),
+            ("num_split_features", "num_split_features"),
+        ):
+            values = [float(detail[field]) for detail in details]
+            mean |= {f"mean_{metric}": statistics.mean(values), f"std_dev_{metric}": _deviation(values)}
+        return self.output(sae, view, {"mean": mean}, details)
 
 
 def _deviation(values: list[float]) -> float:
@@ -266,21 +244,7 @@ class _FirstLetters:
         return cls(probe, entry.tensors["train"], train, entry.tensors["test"], test, state)
 
 
-class _LatentsAsActivations:
-    """An SAE whose input is latents already."""
-
-    def __init__(self, view: SAEView) -> None:
-        self.cfg = view.cfg
-        self.device = view.device
-        self.dtype = view.dtype
-
-    def encode(self, x: Float[Tensor, "words width"]) -> Float[Tensor, "words width"]:
-        return x
-
-
 @torch.no_grad()
-def _encoded(
-    encoder: SharedEncoder, activations: Float[Tensor, "words d_model"], batch_size: int = 4096
-) -> Float[Tensor, "words columns"]:
-    device, dtype = encoder.view.device, encoder.dtype
-    return torch.cat([encoder.encode(batch.to(device, dtype)).cpu() for batch in activations.split(batch_size)])
+def _encoded(encoder: SharedEncoder, activations: Float[Tensor, "words d_model"]) -> Float[Tensor, "words columns"]:
+    device, dtype = encoder.view.device, encoder.view.dtype
+    return torch.cat([encoder.encode(batch.to(device, dtype)).cpu() for batch in activations.split(4096)])

@@ -56,9 +56,8 @@ class Split(Generic[Value]):
 
     def flat(self) -> dict[str, Value]:
         """As one dictionary, for the cache."""
-        return {f"train/{label}": value for label, value in self.train.items()} | {
-            f"test/{label}": value for label, value in self.test.items()
-        }
+        splits = {"train": self.train, "test": self.test}
+        return {f"{name}/{label}": value for name, split in splits.items() for label, value in split.items()}
 
     def map(self, change: Callable[[Value], Other]) -> "Split[Other]":
         """Another value in place of each."""
@@ -69,9 +68,7 @@ class Split(Generic[Value]):
 
     @classmethod
     def of(cls, flat: Mapping[str, Value], classes: Sequence[str]) -> "Split[Value]":
-        return cls(
-            {label: flat[f"train/{label}"] for label in classes}, {label: flat[f"test/{label}"] for label in classes}
-        )
+        return cls(*({label: flat[f"{split}/{label}"] for label in classes} for split in ("train", "test")))
 
 
 @dataclass(frozen=True)
@@ -98,11 +95,7 @@ class TextActivations:
         return next(self.padded_blocks(len(self.lengths)))
 
     def padded_blocks(self, texts_a_block: int) -> Iterator[Float[Tensor, "block context_length d_in"]]:
-        """The same a few texts at a time.
-
-        Args:
-            texts_a_block: How many texts.
-        """
+        """The same a few texts at a time."""
         texts: list[Tensor] = list(self.values.split(self.lengths))
         for start in range(0, len(texts), texts_a_block):
             block = pad_sequence(texts[start : start + texts_a_block], batch_first=True)
@@ -117,12 +110,12 @@ class TextActivations:
 
 @dataclass(frozen=True)
 class PooledLatents:
-    """Mean latents a text, of all levels side by side; see :class:`SharedEncoder`."""
+    """Mean latents a text."""
 
-    of_texts: Split[Tensor]
-    """Class -> (texts, columns): means over the tokens that are not special."""
+    of_texts: Split[Float[Tensor, "texts width"]]
+    """Means over the tokens that are not special."""
 
-    of_nothing: Float[Tensor, " columns"]
+    of_nothing: Float[Tensor, " width"]
     """Latents at a zero vector, which stands at special tokens."""
 
 
@@ -154,10 +147,6 @@ class ActivationSource:
 
     def check_hook(self, hook: Hook, sae: EvaluatedSAE) -> None:
         """Refuse a hook that the model has not, or whose activations are not what the SAE takes.
-
-        Args:
-            hook: The hook.
-            sae: An SAE to be evaluated there.
 
         Raises:
             UserError: If there is no such hook, or its activations have another width, or one more dimension for heads.
@@ -211,8 +200,8 @@ class ActivationSource:
         }
         return Split.of(activations, list(spec.train))
 
-    def pooled_latents(self, spec: TextSpec, view: SAEView) -> PooledLatents:
-        """Mean latents of all levels of an SAE, class -> (texts, columns), by SAEBench's own averaging."""
+    def pooled_latents(self, spec: TextSpec, view: SAEView, level: int | None) -> PooledLatents:
+        """Mean latents of a level, by SAEBench's own averaging; computed for all levels of the SAE together."""
         encoder = SharedEncoder(view)
 
         def compute() -> Entry:
@@ -225,7 +214,7 @@ class ActivationSource:
 
         key = self.key("mean latents of texts alone", **spec.key, sae=view.hash)
         entry = self.cache.get_or_compute(key, compute)
-        tensors = {name: tensor.to(self.device) for name, tensor in entry.tensors.items()}
+        tensors = {name: encoder.of_level(latents.to(self.device), level) for name, latents in entry.tensors.items()}
         return PooledLatents(Split.of(tensors, list(spec.train)), tensors["nothing"])
 
     def _compute_activations(self, spec: TextSpec) -> Entry:
@@ -257,11 +246,6 @@ class ActivationSource:
 def check_finite_activations(activations: Tensor, hook: Hook, source: ActivationSource) -> None:
     """Refuse activations that have overflowed: SAEBench turns the numbers that follow into others.
 
-    Args:
-        activations: Of any shape.
-        hook: Where they were taken.
-        source: The model's.
-
     Raises:
         UserError: If there are NaN or infinite ones.
     """
@@ -284,7 +268,7 @@ class _TokensOnly:
 
     def __init__(self, encoder: SharedEncoder) -> None:
         self.encoder = encoder
-        self.dtype = encoder.dtype
+        self.dtype = encoder.view.dtype
 
     def encode(self, x: Float[Tensor, "texts context d_in"]) -> Float[Tensor, "texts context columns"]:
         counts = x.sum(dim=-1) != 0  # SAEBench's own test

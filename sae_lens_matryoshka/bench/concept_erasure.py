@@ -7,7 +7,7 @@ tokens, wrapped so that their own encoding step finds the latents at hand, and e
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae_lens_matryoshka.bench.activation_source import ActivationSource, PooledLatents, TextActivations, TextSpec
 from sae_lens_matryoshka.bench.cache import Entry
-from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView, SharedEncoder
+from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView
 from sae_lens_matryoshka.bench.evaluation import Evaluation
 from sae_lens_matryoshka.bench.labelled_text import LabelledText, Texts, named_text
 from sae_lens_matryoshka.bench.spurious_text import class_pairs, named_spurious_text, spurious_text
@@ -24,13 +24,7 @@ from sae_lens_matryoshka.bench.upstream import (
     RandomState,
     ScrAndTppEvalConfig,
     ScrEvalOutput,
-    ScrMetricCategories,
-    ScrMetrics,
-    ScrResultDetail,
     TppEvalOutput,
-    TppMetricCategories,
-    TppMetrics,
-    TppResultDetail,
     dataset_info,
     general_utils,
     probe_training,
@@ -68,12 +62,8 @@ class ConceptErasure(Evaluation[ScrAndTppEvalConfig]):
     def evaluate(
         self, group: Sequence[EvaluatedSAE], hook: Hook, source: ActivationSource
     ) -> Iterator[tuple[EvaluatedSAE, ScrEvalOutput | TppEvalOutput]]:
-        tasks = [_Task(name, *self._spec(name, hook)) for name in self.config.dataset_names if not self._scr]
-        for name in self.config.dataset_names if self._scr else ():
-            for first, second in self._pairs(name):
-                tasks.append(_Task(f"{name}_scr_{first}_{second}", *self._spec(name, hook, (first, second))))
+        specs = self._specs(hook)
         whole = SAEView(group[0].sae, hook, source.name)
-        encoder = SharedEncoder(whole)
         for sae in group:
             if not self.config_for(sae).n_values:
                 self.skip(sae, f"it has {sae.width} latents, fewer than the least number to ablate.")
@@ -81,16 +71,19 @@ class ConceptErasure(Evaluation[ScrAndTppEvalConfig]):
             view = self.view(sae, hook, source)
             results: dict[str, Accuracies] = {}
             per_class: dict[str, dict[str, Accuracies]] = {}
-            for task in tasks:
-                probes, clean = self._probe_language_model(task, source)
-                pooled = _of_level(source.pooled_latents(task.spec, whole), encoder, sae.level)
-                ablated = self._ablate(task, view, sae, pooled, probes, source)
+            for name, spec in specs.items():
+                probes, clean = self._probe_language_model(spec, source)
+                pooled = source.pooled_latents(spec, whole, sae.level)
+                ablated = self._ablate(spec, view, sae, pooled, probes, source)
                 if self._scr:
-                    results[f"{task.name}_results"] = scr_and_tpp_main.get_scr_plotting_dict(ablated, clean)
+                    results[f"{name}_results"] = scr_and_tpp_main.get_scr_plotting_dict(ablated, clean)
                 else:
                     metrics, by_class = scr_and_tpp_main.create_tpp_plotting_dict(ablated, clean)
-                    results[f"{task.name}_tpp_results"], per_class[task.name] = metrics, by_class  # type: ignore[assignment]
-            yield sae, self._output(sae, view, results, per_class)
+                    results[f"{name}_tpp_results"], per_class[name] = metrics, by_class  # type: ignore[assignment]
+            names = [name.removesuffix("_results") for name in results]
+            mean = general_utils.average_results_dictionaries(results, names)
+            details = [{"dataset_name": name, **result} for name, result in results.items()]
+            yield sae, self.output(sae, view, {f"{self.name}_metrics": mean}, details, None if self._scr else per_class)
 
     @property
     def _scr(self) -> bool:
@@ -104,48 +97,61 @@ class ConceptErasure(Evaluation[ScrAndTppEvalConfig]):
             raise UserError(f"column1_vals_lookup has no pairs of classes for data set {name!r}; add them.")
         return [(first, second) for first, second in pairs]
 
-    def _spec(self, name: str, hook: Hook, pair: tuple[str, str] | None = None) -> tuple[TextSpec, list[str]]:
-        """The texts, and the classes that have probes."""
+    def _specs(self, hook: Hook) -> dict[str, TextSpec]:
+        """The texts of every set of probes: one a data set, for SCR one a pair of its classes."""
         config = self.config
         sizes = (config.train_set_size, config.test_set_size)
-        texts: tuple[Texts, Texts]
-        if pair is not None:
-            if name in self.data:
-                texts = spurious_text(self.data[name], pair, *sizes, config.random_seed)
-            else:
-                texts = named_spurious_text(name, pair, *sizes, config.random_seed)
-        elif name in self.data:
-            texts = self.data[name].by_class(sizes[0] // 2, sizes[1] // 2)
-        else:
-            texts = named_text(name, *sizes, config.random_seed)
-        spec = TextSpec(*texts, hook, config.context_length, config.llm_batch_size)
-        return spec, list(texts[0]) if pair is None else list(dataset_info.PAIRED_CLASS_KEYS)
+        texts: dict[str, tuple[Texts, Texts]] = {}
+        for name in config.dataset_names:
+            data = self.data.get(name)
+            if not self._scr and data is not None:
+                texts[name] = data.by_class(sizes[0] // 2, sizes[1] // 2)
+            elif not self._scr:
+                texts[name] = named_text(name, *sizes, config.random_seed)
+            for pair in self._pairs(name) if self._scr else ():
+                of_pair = f"{name}_scr_{pair[0]}_{pair[1]}"
+                if data is not None:
+                    texts[of_pair] = spurious_text(data, pair, *sizes, config.random_seed)
+                else:
+                    texts[of_pair] = named_spurious_text(name, pair, *sizes, config.random_seed)
+        return {
+            name: TextSpec(*train_and_test, hook, config.context_length, config.llm_batch_size)
+            for name, train_and_test in texts.items()
+        }
 
-    def _probe_language_model(self, task: "_Task", source: ActivationSource) -> tuple[Probes, Accuracies]:
+    def _classes(self, spec: TextSpec) -> list[str]:
+        """The classes whose probes are disturbed."""
+        return list(dataset_info.PAIRED_CLASS_KEYS if self._scr else spec.train)
+
+    def _probe_language_model(self, spec: TextSpec, source: ActivationSource) -> tuple[Probes, Accuracies]:
         """Probes on the model's activations and how well they do; leaves the random generators after them."""
         config = self.config
+        test_batch_size = config.probe_test_batch_size
+        settings: dict[str, Any] = {
+            "batch_size": config.probe_train_batch_size,
+            "epochs": config.probe_epochs,
+            "lr": config.probe_lr,
+            "perform_scr": config.perform_scr,
+            "early_stopping_patience": config.early_stopping_patience,
+            "l1_penalty": config.probe_l1_penalty,
+        }
 
         def compute() -> Entry:
             seed_everything(config.random_seed)
-            mean = source.of_text(task.spec).map(TextActivations.means)
+            mean = source.of_text(spec).map(TextActivations.means)
             with torch.enable_grad():
                 probes, _ = probe_training.train_probe_on_activations(
                     mean.train,
                     mean.test,
                     select_top_k=None,
                     use_sklearn=False,
-                    batch_size=config.probe_train_batch_size,
-                    epochs=config.probe_epochs,
-                    lr=config.probe_lr,
-                    perform_scr=config.perform_scr,
-                    early_stopping_patience=config.early_stopping_patience,
-                    l1_penalty=config.probe_l1_penalty,
+                    **settings,
                 )
             clean = scr_and_tpp_main.get_probe_test_accuracy(
                 probes,  # type: ignore[arg-type]
-                task.classes,
+                self._classes(spec),
                 mean.test,
-                config.probe_test_batch_size,
+                test_batch_size,
                 config.perform_scr,
             )
             state = RandomState.capture()
@@ -156,17 +162,12 @@ class ConceptErasure(Evaluation[ScrAndTppEvalConfig]):
             }
             return Entry({**tensors, "torch": state.torch}, {"clean": clean, "python": state.python})
 
-        settings = {
-            field: getattr(config, field)
-            for field in (
-                "probe_train_batch_size", "probe_epochs", "probe_lr", "perform_scr", "early_stopping_patience",
-                "probe_l1_penalty", "probe_test_batch_size",
-            )
-        }  # fmt: skip
-        key = source.key("erasure probes", **task.spec.key, seed=config.random_seed, **settings)
+        key = source.key(
+            "erasure probes", **spec.key, seed=config.random_seed, test_batch_size=test_batch_size, **settings
+        )
         entry = source.cache.get_or_compute(key, compute)
         probes: Probes = {}
-        for label in task.spec.train:
+        for label in spec.train:
             weights = {name: entry.tensors[f"probe/{label}/{name}"] for name in ("net.weight", "net.bias")}
             probe = probe_training.Probe(weights["net.weight"].shape[1], source.dtype).to(source.device)
             probe.load_state_dict(weights)
@@ -176,7 +177,7 @@ class ConceptErasure(Evaluation[ScrAndTppEvalConfig]):
 
     def _ablate(
         self,
-        task: "_Task",
+        spec: TextSpec,
         view: SAEView,
         sae: EvaluatedSAE,
         pooled: PooledLatents,
@@ -184,12 +185,12 @@ class ConceptErasure(Evaluation[ScrAndTppEvalConfig]):
         source: ActivationSource,
     ) -> dict[str, dict[int, Accuracies]]:
         """Accuracies after ablation: ablated class -> number of latents -> measured class."""
-        config, n_values = self.config, self.config_for(sae).n_values
+        config, n_values, classes = self.config, self.config_for(sae).n_values, self._classes(spec)
         with torch.no_grad():
             effects = scr_and_tpp_main.get_all_node_effects_for_one_sae(
                 _LatentsAsActivations(view),  # type: ignore[arg-type]
                 probes,
-                task.classes,
+                classes,
                 config.perform_scr,
                 {label: _LatentsAsActivations.wrap(latents) for label, latents in pooled.of_texts.train.items()},
                 config.sae_batch_size,
@@ -199,66 +200,27 @@ class ConceptErasure(Evaluation[ScrAndTppEvalConfig]):
                     probes,
                     view,  # type: ignore[arg-type]
                     config.sae_batch_size,
-                    {label: of_class.padded() for label, of_class in source.of_text(task.spec).test.items()},
+                    {label: of_class.padded() for label, of_class in source.of_text(spec).test.items()},
                     effects,
                     n_values,
-                    task.classes,
+                    classes,
                     config.probe_test_batch_size,
                     config.perform_scr,
                 )
-            means = _test_means(source, task.spec, pooled)
+            means = _test_means(source.of_text(spec).test, pooled)
             return {
                 label: {
                     n: scr_and_tpp_main.get_probe_test_accuracy(
                         probes,
-                        task.classes,
+                        classes,
                         _without(scr_and_tpp_main.select_top_n_features(effects[label], n, label), means, view),
                         config.probe_test_batch_size,
                         config.perform_scr,
                     )
                     for n in n_values
                 }
-                for label in task.classes
+                for label in classes
             }
-
-    def _output(
-        self,
-        sae: EvaluatedSAE,
-        view: SAEView,
-        results: dict[str, Accuracies],
-        per_class: dict[str, dict[str, Accuracies]],
-    ) -> ScrEvalOutput | TppEvalOutput:
-        mean = general_utils.average_results_dictionaries(results, [name.removesuffix("_results") for name in results])
-        fields = self.common_fields(sae, view)
-        if self._scr:
-            return ScrEvalOutput(
-                **fields,
-                eval_result_metrics=ScrMetricCategories(scr_metrics=ScrMetrics(**mean)),
-                eval_result_details=[ScrResultDetail(dataset_name=name, **result) for name, result in results.items()],  # type: ignore[arg-type]
-            )
-        return TppEvalOutput(
-            **fields,
-            eval_result_metrics=TppMetricCategories(tpp_metrics=TppMetrics(**mean)),
-            eval_result_details=[TppResultDetail(dataset_name=name, **result) for name, result in results.items()],  # type: ignore[arg-type]
-            eval_result_unstructured=per_class,
-        )
-
-
-@dataclass(frozen=True)
-class _Task:
-    """One set of probes to disturb."""
-
-    name: str
-    spec: TextSpec
-    classes: list[str]
-
-
-@dataclass(frozen=True)
-class _Means:
-    """Means over the tokens of each text of a class, as SAEBench divides them: by the number of its real tokens."""
-
-    activations: Float[Tensor, "texts 1 d_in"]
-    latents: Float[Tensor, "texts 1 width"]
 
 
 class _LatentsAsActivations:
@@ -294,32 +256,32 @@ class _MeanLatents:
         return self.view.decode(feature_acts)
 
 
-def _without(ablated: Tensor, means: Mapping[str, _Means], view: SAEView) -> dict[str, Float[Tensor, "texts d_in"]]:
+def _without(
+    ablated: Tensor, means: Mapping[str, tuple[Tensor, Tensor]], view: SAEView
+) -> dict[str, Float[Tensor, "texts d_in"]]:
     """Mean activations a text, by class, with some latents ablated."""
     return {
         label: scr_and_tpp_main.ablated_precomputed_activations(
-            of_class.activations,
-            _MeanLatents(of_class.latents, view),  # type: ignore[arg-type]
+            activations,
+            _MeanLatents(latents, view),  # type: ignore[arg-type]
             ablated,
-            len(of_class.activations),
+            len(activations),
         )
-        for label, of_class in means.items()
+        for label, (activations, latents) in means.items()
     }
 
 
-def _of_level(pooled: PooledLatents, encoder: SharedEncoder, level: int | None) -> PooledLatents:
-    def cut(latents: Tensor) -> Tensor:
-        return encoder.of_level(latents, level)
+def _test_means(
+    activations: Mapping[str, TextActivations], pooled: PooledLatents
+) -> dict[str, tuple[Float[Tensor, "texts 1 d_in"], Float[Tensor, "texts 1 width"]]]:
+    """Mean activations and latents of each text, by class, as SAEBench divides them: by the number of its real tokens.
 
-    return PooledLatents(pooled.of_texts.map(cut), cut(pooled.of_nothing))
-
-
-def _test_means(source: ActivationSource, spec: TextSpec, pooled: PooledLatents) -> dict[str, _Means]:
-    """SAEBench ablates at padding too, where the activations are zero but latents may fire; so these are added."""
-    means: dict[str, _Means] = {}
-    for label, activations in source.of_text(spec).test.items():
-        n_counted = activations.n_counted
-        padding_a_token = (activations.context_length - n_counted) / n_counted
+    SAEBench ablates at padding too, where the activations are zero but latents may fire; so these are added.
+    """
+    means: dict[str, tuple[Tensor, Tensor]] = {}
+    for label, of_class in activations.items():
+        n_counted = of_class.n_counted
+        padding_a_token = (of_class.context_length - n_counted) / n_counted
         latents = pooled.of_texts.test[label] + padding_a_token[:, None] * pooled.of_nothing
-        means[label] = _Means(activations.means()[:, None], latents[:, None])
+        means[label] = of_class.means()[:, None], latents[:, None]
     return means

@@ -3,16 +3,13 @@
 import dataclasses
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import IterableDataset
 from jaxtyping import Int
-from pydantic import TypeAdapter
 from sae_lens import SAE, ActivationsStore
 from sae_lens.evals import ExplainedVarianceCalculator
 from sae_lens.util import get_special_token_ids
@@ -104,61 +101,48 @@ class Core(Evaluation[CoreEvalConfig]):
                 explained = _explained_variance(view, hook, source, variance, special)
             _check_finite_losses(scalar_metrics, sae)
             scalar_metrics["misc_metrics"] = core_main.calculate_misc_metrics(feature_metrics)
-            yield sae, self._output(sae, view, scalar_metrics, feature_metrics, explained)
+            metrics, of_latents = map(core_main.replace_nans_with_negative_one, (scalar_metrics, feature_metrics))
+            details = core_main.convert_feature_metrics(of_latents)
+            yield sae, self.output(sae, view, metrics, details, {EXPLAINED_VARIANCE: explained})
 
     def _tokens(self, view: SAEView, source: ActivationSource) -> tuple[Tokens, Tokens]:
         """Batches for the metrics of reconstruction and those of variance and density, as SAEBench draws them."""
-        config = self.config
+        config, dataset = self.config, self.config.dataset
+        n_batches = [config.n_eval_reconstruction_batches, config.n_eval_sparsity_variance_batches]
 
         def compute() -> Entry:
-            n_tokens = config.batch_size_prompts * config.context_size
-            with fetching(config.dataset), _too_short(config.dataset, n_tokens):
-                store = ActivationsStore.from_sae(
-                    source.model,  # type: ignore[arg-type]
-                    view,  # type: ignore[arg-type]
-                    context_size=config.context_size,
-                    dataset=_local_text(config.dataset),  # type: ignore[arg-type]
-                )
-                store.shuffle_input_dataset(seed=SHUFFLE_SEED)
-                drawn: list[Tensor] = []
-                for n_batches in (config.n_eval_reconstruction_batches, config.n_eval_sparsity_variance_batches):
-                    batches = [store.get_batch_tokens(config.batch_size_prompts) for _ in range(n_batches)]
-                    drawn.append(torch.stack(batches))
-                    store.reset_input_dataset()
-            return Entry({"reconstruction": drawn[0], "variance": drawn[1]})
+            drawn: dict[str, Tensor] = {}
+            with fetching(dataset):
+                try:
+                    store = ActivationsStore.from_sae(
+                        source.model,  # type: ignore[arg-type]
+                        view,  # type: ignore[arg-type]
+                        context_size=config.context_size,
+                        dataset=open_text_file(dataset) if Path(dataset).suffix in READERS else dataset,  # type: ignore[arg-type]
+                    )
+                    store.shuffle_input_dataset(seed=SHUFFLE_SEED)
+                    for part, n in zip(("reconstruction", "variance"), n_batches, strict=True):
+                        drawn[part] = torch.stack([store.get_batch_tokens(config.batch_size_prompts) for _ in range(n)])
+                        store.reset_input_dataset()
+                except StopIteration:  # the text ends before a batch is full, even read again and again
+                    raise UserError(
+                        f"The text {dataset!r} has no row as long as the context of the core evaluation, or none at "
+                        f"all: it takes {config.batch_size_prompts * config.context_size} tokens a batch; give more "
+                        "text, or lower core.context_size and core.batch_size_prompts."
+                    ) from None
+            return Entry(drawn)
 
         key = source.key(
             "core tokens",
-            dataset=None if self._text_hash else config.dataset,
+            dataset=None if self._text_hash else dataset,
             text=self._text_hash,
             context_size=config.context_size,
             prompts=config.batch_size_prompts,
-            batches=[config.n_eval_reconstruction_batches, config.n_eval_sparsity_variance_batches],
+            batches=n_batches,
             prepend_bos=view.cfg.metadata.prepend_bos,
         )
         tensors = source.cache.get_or_compute(key, compute).tensors
         return tensors["reconstruction"].to(source.device), tensors["variance"].to(source.device)
-
-    def _output(
-        self,
-        sae: EvaluatedSAE,
-        view: SAEView,
-        scalar_metrics: dict[str, Any],
-        feature_metrics: dict[str, Any],
-        explained_variance: float,
-    ) -> CoreEvalOutput:
-        result = {"metrics": scalar_metrics, "feature_metrics": feature_metrics}
-        result = core_main.replace_nans_with_negative_one(result)
-        result |= {"eval_cfg": self.config_for(sae), "sae_id": sae.sae_id, "sae_set": sae.name}
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "result.json"
-            core_main.save_single_eval_result(result, "", "", "", str(path), view)  # type: ignore[arg-type]
-            eval_output = TypeAdapter(CoreEvalOutput).validate_json(path.read_text(encoding="utf-8"))
-        return dataclasses.replace(
-            eval_output,
-            **self.common_fields(sae, view),
-            eval_result_unstructured={EXPLAINED_VARIANCE: explained_variance},
-        )
 
 
 def _check_finite_losses(scalar_metrics: dict[str, Any], sae: EvaluatedSAE) -> None:
@@ -172,24 +156,11 @@ def _check_finite_losses(scalar_metrics: dict[str, Any], sae: EvaluatedSAE) -> N
                 )
 
 
-@contextmanager
-def _too_short(dataset: str, n_tokens: int) -> Iterator[None]:
-    """Turn a text that ends before a batch is full, even read again and again, into one sentence."""
-    try:
-        yield
-    except StopIteration:
-        raise UserError(
-            f"The text {dataset!r} has no row as long as the context of the core evaluation, or none at all: it takes "
-            f"{n_tokens} tokens a batch; give more text, or lower core.context_size and core.batch_size_prompts."
-        ) from None
-
-
 class _RecordedTokens:
     """Stands in for SAELens's activation store, of which SAEBench takes tokens only."""
 
     def __init__(self, reconstruction: Tokens, variance: Tokens) -> None:
         self._batches = iter([*reconstruction, *variance])
-        self.store_batch_size_prompts = reconstruction.shape[1]
         self.context_size = reconstruction.shape[2]
 
     def get_batch_tokens(self, batch_size: int) -> Int[Tensor, "prompts context"]:
@@ -237,7 +208,3 @@ def _explained_variance(
         activations = cache[hook.name][is_text]
         calculator.add_batch(view.decode(view.encode(activations)), activations)
     return calculator.compute()
-
-
-def _local_text(dataset: str) -> str | IterableDataset:
-    return open_text_file(dataset) if Path(dataset).suffix in READERS else dataset

@@ -215,10 +215,6 @@ class SharedEncoder:
         """The latents of one level among what :meth:`encode` returns."""
         return encoded[..., self._columns[-1 if level is None else level]]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.view.dtype
-
 
 def grouped(saes: Sequence[EvaluatedSAE]) -> list[list[EvaluatedSAE]]:
     """The SAEs in groups that share an encoder: the levels of one SAE together.

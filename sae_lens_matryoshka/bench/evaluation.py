@@ -10,6 +10,7 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -32,7 +33,6 @@ from sae_lens_matryoshka.bench.upstream import (
     general_utils,
     get_eval_uuid,
     get_sae_lens_version,
-    sae_bench_version,
 )
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.saved.fingerprints import content_hash, typed_hash
@@ -97,8 +97,9 @@ class Evaluation(ABC, Generic[Config]):
         check_folder(folder)
         source = model if isinstance(model, ActivationSource) else ActivationSource(load_model(model))
         self.begin(source)
-        groups = grouped(on_device(saes, source.device, source.dtype))
-        paths = {id(sae): self._path(folder, sae) for group in groups for sae in group}
+        saes = on_device(saes, source.device, source.dtype)
+        groups = grouped(saes)
+        paths = {sae: Path(general_utils.get_results_filepath(str(folder), sae.name, sae.sae_id)) for sae in saes}
         if len(set(paths.values())) < len(paths):  # SAEBench writes a "/" as "_"
             raise UserError(f"Two of {', '.join(map(str, saes))} would have the same result file; rename one.")
         with tqdm(total=len(saes), desc=self.name) as progress:
@@ -106,10 +107,9 @@ class Evaluation(ABC, Generic[Config]):
                 hook = hook_of(group[0].sae, hook_name)
                 if self.reads_model:
                     source.check_hook(hook, group[0])
-                made_from = {id(sae): self._made_from(sae, hook, source) for sae in group}
-                unfinished = [
-                    sae for sae in group if force or not self._finished(paths[id(sae)], sae, made_from[id(sae)])
-                ]
+                shared = self.inputs(source) | ({"hook": hook.name} if self.reads_model else {})
+                made_from = {sae: self.inputs_of_sae(sae, source) | shared for sae in group}
+                unfinished = [sae for sae in group if force or not self._finished(paths[sae], sae, made_from[sae])]
                 self.done += [sae for sae in group if sae not in unfinished]
                 progress.update(len(group) - len(unfinished))
                 whole = typed_hash(group[0].sae) if unfinished else None
@@ -120,13 +120,12 @@ class Evaluation(ABC, Generic[Config]):
                     if result is None:
                         break
                     sae, eval_output = result
-                    record = {**made_from[id(sae)], WHOLE_SAE: whole}
+                    record = {**made_from[sae], WHOLE_SAE: whole}
                     eval_output.sae_cfg_dict["metadata"][MADE_FROM] = record  # type: ignore[index]
-                    self._write(paths[id(sae)], eval_output)
+                    self._write(paths[sae], eval_output)
                     self.done.append(sae)
                     progress.update()
-        done = {(sae.name, sae.sae_id): paths[id(sae)] for sae in self.done}
-        return [done[sae.name, sae.sae_id] for sae in saes if (sae.name, sae.sae_id) in done]
+        return [paths[sae] for sae in saes if sae in self.done]
 
     @abstractmethod
     def evaluate(
@@ -147,55 +146,52 @@ class Evaluation(ABC, Generic[Config]):
         return view
 
     def begin(self, source: ActivationSource) -> None:
-        """Forget what an earlier run was about: this one may be on another model, or on one that has been changed.
-
-        Args:
-            source: The model's activations.
-        """
+        """Forget what an earlier run was about: this one may be on another model, or on one that has been changed."""
         source.look_again()
         self.skipped, self.done = [], []
         self.config = self.given_config
         self.config = self.completed(source)
 
     def settings(self, source: ActivationSource) -> Settings:
-        """What results of all SAEs must have in common with those of the last run.
-
-        Args:
-            source: The model's activations.
-        """
+        """What results of all SAEs must have in common with those of the last run."""
         return Settings(config_as_json(self.config), self.inputs(source))
 
     def inputs(self, source: ActivationSource) -> dict[str, Any]:
-        """Names by content of what the results of all SAEs are made from beside the config: text, model, versions.
-
-        Args:
-            source: The model's activations.
-        """
+        """Names by content of what the results of all SAEs are made from beside the config: text, model, versions."""
         data = [[name, text.train, text.test] for name, text in self.data.items()]
         shared = {"data": content_hash(data) if data else None, "packages": package_versions()}
         return shared | ({"model": source.model_hash, "tokenizer": source.tokenizer_hash} if self.reads_model else {})
 
     def inputs_of_sae(self, sae: EvaluatedSAE, source: ActivationSource) -> dict[str, Any]:
-        """Names by content of what only an SAE's own result is made from.
+        """Names by content of what only an SAE's own result is made from."""
+        return {"sae": sae.hash}
+
+    def output(
+        self, sae: EvaluatedSAE, view: SAEView, metrics: Any, details: Sequence[Any] | None, more: Any = None
+    ) -> Any:
+        """SAEBench's output of an SAE, which makes its own classes of what it is given.
 
         Args:
             sae: The SAE.
-            source: The model's activations.
+            view: The same as SAEBench takes it.
+            metrics: Category -> metric -> value.
+            details: The fields of each of SAEBench's details.
+            more: What SAEBench keeps as it is, in ``eval_result_unstructured``.
         """
-        return {"sae": sae.hash}
-
-    def common_fields(self, sae: EvaluatedSAE, view: SAEView) -> dict[str, Any]:
-        """What every one of SAEBench's outputs holds, whatever the evaluation."""
-        return {
-            "eval_config": self.config_for(sae),
-            "eval_id": get_eval_uuid(),
-            "datetime_epoch_millis": int(time.time() * 1000),
-            "sae_bench_commit_hash": sae_bench_version(),
-            "sae_lens_id": sae.sae_id,
-            "sae_lens_release_id": sae.name,
-            "sae_lens_version": get_sae_lens_version(),
-            "sae_cfg_dict": view.cfg.to_dict(),
-        }
+        return self.output_type(
+            eval_config=self.config_for(sae),
+            eval_id=get_eval_uuid(),
+            datetime_epoch_millis=int(time.time() * 1000),
+            eval_result_metrics=metrics,
+            eval_result_details=details,
+            eval_result_unstructured=more,
+            # the release; SAEBench itself records the commit of the user's working directory
+            sae_bench_commit_hash=f"sae-bench {version('sae-bench')}",
+            sae_lens_id=sae.sae_id,
+            sae_lens_release_id=sae.name,
+            sae_lens_version=get_sae_lens_version(),
+            sae_cfg_dict=view.cfg.to_dict(),
+        )
 
     def skip(self, sae: EvaluatedSAE, why: str) -> None:
         """Leave an SAE out and say why in a sentence."""
@@ -210,13 +206,6 @@ class Evaluation(ABC, Generic[Config]):
             known = activation_collection.LLM_NAME_TO_BATCH_SIZE
             changes["llm_batch_size"] = known.get(source.name, DEFAULT_LLM_BATCH_SIZE)
         return dataclasses.replace(self.config, **changes)
-
-    def _path(self, folder: Path, sae: EvaluatedSAE) -> Path:
-        return Path(general_utils.get_results_filepath(str(folder), sae.name, sae.sae_id))
-
-    def _made_from(self, sae: EvaluatedSAE, hook: Hook, source: ActivationSource) -> dict[str, Any]:
-        where = {"hook": hook.name} if self.reads_model else {}
-        return {**self.inputs_of_sae(sae, source), **self.inputs(source), **where}
 
     def _finished(self, path: Path, sae: EvaluatedSAE, made_from: dict[str, Any]) -> bool:
         """Whether there is a result that was made from exactly what a new one would be made from.

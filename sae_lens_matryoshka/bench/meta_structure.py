@@ -4,7 +4,6 @@ The paper trains a BatchTopK SAE with a quarter of the latents, 4 of them active
 The more variance of the decoder that explains, the more the SAE's latents share components: lower is better.
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -54,7 +53,7 @@ class MetaStructure(Evaluation[MetaStructureEvalConfig]):
                     self.config,
                     str(source.device),
                 )
-            yield sae, dataclasses.replace(eval_output, **self.common_fields(sae, view))
+            yield sae, self.output(sae, view, eval_output.eval_result_metrics, eval_output.eval_result_details)
 
     def completed(self, source: ActivationSource) -> MetaStructureEvalConfig:
         return self.config  # it names neither a model nor its type

@@ -11,19 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_lens_matryoshka.bench.activation_source import ActivationSource, TextActivations, TextSpec
+from sae_lens_matryoshka.bench.activation_source import ActivationSource, Split, TextActivations, TextSpec
 from sae_lens_matryoshka.bench.cache import Entry
-from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView, SharedEncoder
+from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView
 from sae_lens_matryoshka.bench.evaluation import Evaluation
-from sae_lens_matryoshka.bench.labelled_text import LabelledText, Texts, named_text
+from sae_lens_matryoshka.bench.labelled_text import LabelledText, named_text
 from sae_lens_matryoshka.bench.upstream import (
     RandomState,
     SparseProbingEvalConfig,
     SparseProbingEvalOutput,
-    SparseProbingLlmMetrics,
-    SparseProbingMetricCategories,
-    SparseProbingResultDetail,
-    SparseProbingSaeMetrics,
     general_utils,
     probe_training,
     seed_everything,
@@ -53,46 +49,41 @@ class SparseProbing(Evaluation[SparseProbingEvalConfig]):
     ) -> Iterator[tuple[EvaluatedSAE, SparseProbingEvalOutput]]:
         specs = {name: self._spec(name, hook) for name in self.config.dataset_names}
         whole = SAEView(group[0].sae, hook, source.name)
-        encoder = SharedEncoder(whole)
         for sae in group:
             results: dict[str, dict[str, float]] = {}
             per_class: dict[str, dict[str, dict[str, float]]] = {}
             for name, spec in specs.items():
                 llm_accuracies = self._probe_language_model(spec, source)
-                pooled = source.pooled_latents(spec, whole).of_texts
-                train, test = (
-                    {label: encoder.of_level(latents, sae.level) for label, latents in split.items()}
-                    for split in (pooled.train, pooled.test)
-                )
-                accuracies = self._probe_latents(train, test) | llm_accuracies
+                latents = source.pooled_latents(spec, whole, sae.level).of_texts
+                accuracies = self._accuracies("sae", latents) | llm_accuracies
                 per_class[f"{name}_results"] = accuracies
                 results[f"{name}_results"] = {
                     metric: sum(by_class.values()) / len(by_class) for metric, by_class in accuracies.items()
                 }
-            yield sae, self._output(sae, self.view(sae, hook, source), results, per_class)
+            # SAEBench's two categories take their own metrics of all
+            mean = general_utils.average_results_dictionaries(results, self.config.dataset_names)
+            details = [{"dataset_name": name, **result} for name, result in results.items()]
+            view = self.view(sae, hook, source)
+            yield sae, self.output(sae, view, {"llm": mean, "sae": mean}, details, per_class)
 
     def _spec(self, name: str, hook: Hook) -> TextSpec:
-        train, test = self._texts(name)
-        assert self.config.llm_batch_size is not None  # filled in
-        return TextSpec(train, test, hook, self.config.context_length, self.config.llm_batch_size)
-
-    def _texts(self, name: str) -> tuple[Texts, Texts]:
-        n_train, n_test = self.config.probe_train_set_size, self.config.probe_test_set_size
+        config = self.config
+        n_train, n_test = config.probe_train_set_size, config.probe_test_set_size
         if name in self.data:
             # a probe tells one class from the others, so half of its texts are of the class
-            return self.data[name].by_class(n_train // 2, n_test // 2)
-        return named_text(name, n_train, n_test, self.config.random_seed)
+            texts = self.data[name].by_class(n_train // 2, n_test // 2)
+        else:
+            texts = named_text(name, n_train, n_test, config.random_seed)
+        assert config.llm_batch_size is not None  # filled in
+        return TextSpec(*texts, hook, config.context_length, config.llm_batch_size)
 
     def _probe_language_model(self, spec: TextSpec, source: ActivationSource) -> dict[str, dict[str, float]]:
         """Accuracies of probes on the model's activations, by metric and class; leaves the generators after them."""
 
         def compute() -> Entry:
             seed_everything(self.config.random_seed)
-            activations = source.of_text(spec)
-            mean = activations.map(TextActivations.means)
-            accuracies = {"llm_test_accuracy": _accuracies(mean.train, mean.test, **DENSE_PROBE)}
-            for k in self.config.k_values:
-                accuracies[f"llm_top_{k}_test_accuracy"] = _accuracies(mean.train, mean.test, select_top_k=k)
+            mean = source.of_text(spec).map(TextActivations.means)
+            accuracies = self._accuracies("llm", mean)
             state = RandomState.capture()
             return Entry({"torch": state.torch}, {"accuracies": accuracies, "python": state.python})
 
@@ -101,40 +92,16 @@ class SparseProbing(Evaluation[SparseProbingEvalConfig]):
         RandomState(entry.values["python"], entry.tensors["torch"]).restore()
         return entry.values["accuracies"]
 
-    def _probe_latents(self, train: dict[str, Tensor], test: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-        if self.config.lower_vram_usage:  # SAEBench's way to leave out the probe on all latents
-            accuracies = {"sae_test_accuracy": {"-1": -1.0}}
-        else:
-            accuracies = {"sae_test_accuracy": _accuracies(train, test, **DENSE_PROBE)}
-        for k in self.config.k_values:
-            accuracies[f"sae_top_{k}_test_accuracy"] = _accuracies(train, test, select_top_k=k)
-        return accuracies
-
-    def _output(
-        self,
-        sae: EvaluatedSAE,
-        view: SAEView,
-        results: dict[str, dict[str, float]],
-        per_class: dict[str, dict[str, dict[str, float]]],
-    ) -> SparseProbingEvalOutput:
-        mean = general_utils.average_results_dictionaries(results, self.config.dataset_names)
-        llm = {metric: value for metric, value in mean.items() if metric.startswith("llm_")}
-        latents = {metric: value for metric, value in mean.items() if metric.startswith("sae_")}
-        return SparseProbingEvalOutput(
-            **self.common_fields(sae, view),
-            eval_result_metrics=SparseProbingMetricCategories(
-                llm=SparseProbingLlmMetrics(**llm),  # type: ignore[arg-type]
-                sae=SparseProbingSaeMetrics(**latents),
-            ),
-            eval_result_details=[
-                SparseProbingResultDetail(dataset_name=name, **result)  # type: ignore[arg-type]
-                for name, result in results.items()
-            ],
-            eval_result_unstructured=per_class,
-        )
-
-
-def _accuracies(train: dict[str, Tensor], test: dict[str, Tensor], **settings: Any) -> dict[str, float]:
-    with torch.enable_grad():
-        _, accuracies = probe_training.train_probe_on_activations(train, test, **settings)
-    return {label: float(accuracy) for label, accuracy in accuracies.items()}
+    def _accuracies(self, kind: str, values: Split[Tensor]) -> dict[str, dict[str, float]]:
+        """By metric and class: of probes on everything and on the top k, of activations ("llm") or latents ("sae")."""
+        probes = {f"{kind}_test_accuracy": DENSE_PROBE}
+        probes |= {f"{kind}_top_{k}_test_accuracy": {"select_top_k": k} for k in self.config.k_values}
+        found: dict[str, dict[str, float]] = {}
+        for metric, settings in probes.items():
+            if metric == "sae_test_accuracy" and self.config.lower_vram_usage:
+                found[metric] = {"-1": -1.0}  # SAEBench's way to leave out the probe on all latents
+                continue
+            with torch.enable_grad():
+                _, accuracies = probe_training.train_probe_on_activations(values.train, values.test, **settings)
+            found[metric] = {label: float(accuracy) for label, accuracy in accuracies.items()}
+        return found

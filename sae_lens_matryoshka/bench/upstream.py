@@ -4,20 +4,20 @@ SAEBench prints, draws progress bars, seeds and switches global state, and check
 fails with the jaxtyping and beartype of today. Call it inside :func:`contained`, which takes care of all of that.
 """
 
+# ruff: noqa: F401 -- what is imported here is for the other modules
 import contextlib
 import io
 import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 
 import jaxtyping
 import torch
 from torch import Tensor
 
 try:
-    import sae_bench  # noqa: F401
+    import sae_bench
 except ModuleNotFoundError as error:
     raise ImportError(
         "Evaluations need SAEBench: install it with pip install 'sae-lens-matryoshka[bench]' (Python 3.10 to 3.12)."
@@ -30,12 +30,7 @@ with contextlib.redirect_stdout(io.StringIO()):
     from sae_bench.evals.absorption import probing as absorption_probing
     from sae_bench.evals.absorption import prompting as absorption_prompting
     from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
-    from sae_bench.evals.absorption.eval_output import (
-        AbsorptionEvalOutput,
-        AbsorptionMeanMetrics,
-        AbsorptionMetricCategories,
-        AbsorptionResultDetail,
-    )
+    from sae_bench.evals.absorption.eval_output import AbsorptionEvalOutput
     from sae_bench.evals.absorption.feature_absorption_calculator import FeatureAbsorptionCalculator
     from sae_bench.evals.base_eval_output import BaseEvalConfig, BaseEvalOutput
     from sae_bench.evals.core import main as core_main
@@ -47,25 +42,10 @@ with contextlib.redirect_stdout(io.StringIO()):
     from sae_bench.evals.scr_and_tpp import dataset_creation as scr_dataset_creation
     from sae_bench.evals.scr_and_tpp import main as scr_and_tpp_main
     from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
-    from sae_bench.evals.scr_and_tpp.eval_output import (
-        ScrEvalOutput,
-        ScrMetricCategories,
-        ScrMetrics,
-        ScrResultDetail,
-        TppEvalOutput,
-        TppMetricCategories,
-        TppMetrics,
-        TppResultDetail,
-    )
+    from sae_bench.evals.scr_and_tpp.eval_output import ScrEvalOutput, TppEvalOutput
     from sae_bench.evals.sparse_probing import probe_training
     from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
-    from sae_bench.evals.sparse_probing.eval_output import (
-        SparseProbingEvalOutput,
-        SparseProbingLlmMetrics,
-        SparseProbingMetricCategories,
-        SparseProbingResultDetail,
-        SparseProbingSaeMetrics,
-    )
+    from sae_bench.evals.sparse_probing.eval_output import SparseProbingEvalOutput
     from sae_bench.sae_bench_utils import (
         activation_collection,
         dataset_info,
@@ -74,58 +54,6 @@ with contextlib.redirect_stdout(io.StringIO()):
         get_eval_uuid,
         get_sae_lens_version,
     )
-
-__all__ = [
-    "AbsorptionEvalConfig",
-    "AbsorptionEvalOutput",
-    "AbsorptionMeanMetrics",
-    "AbsorptionMetricCategories",
-    "AbsorptionResultDetail",
-    "BaseEvalConfig",
-    "BaseEvalOutput",
-    "CoreEvalConfig",
-    "CoreEvalOutput",
-    "FeatureAbsorptionCalculator",
-    "MetaStructureEvalConfig",
-    "MetaStructureEvalOutput",
-    "RandomState",
-    "ScrAndTppEvalConfig",
-    "ScrEvalOutput",
-    "ScrMetricCategories",
-    "ScrMetrics",
-    "ScrResultDetail",
-    "SparseProbingEvalConfig",
-    "SparseProbingEvalOutput",
-    "SparseProbingLlmMetrics",
-    "SparseProbingMetricCategories",
-    "SparseProbingResultDetail",
-    "SparseProbingSaeMetrics",
-    "TppEvalOutput",
-    "TppMetricCategories",
-    "TppMetrics",
-    "TppResultDetail",
-    "absorption_common",
-    "absorption_main",
-    "absorption_probing",
-    "absorption_prompting",
-    "activation_collection",
-    "contained",
-    "core_main",
-    "dataset_info",
-    "dataset_utils",
-    "feature_absorption",
-    "general_utils",
-    "get_eval_uuid",
-    "get_sae_lens_version",
-    "k_sparse_probing",
-    "meta_structure_main",
-    "probe_training",
-    "sae_bench_version",
-    "scr_and_tpp_main",
-    "scr_dataset_creation",
-    "seed_everything",
-    "vocab",
-]
 
 
 @contextlib.contextmanager
@@ -164,8 +92,8 @@ class RandomState:
         return cls(json.dumps(random.getstate()), torch.get_rng_state())
 
     def restore(self) -> None:
-        version_, internal, gauss_next = json.loads(self.python)
-        random.setstate((version_, tuple(internal), gauss_next))
+        format_version, internal, gauss_next = json.loads(self.python)
+        random.setstate((format_version, tuple(internal), gauss_next))
         torch.set_rng_state(self.torch)
 
 
@@ -173,8 +101,3 @@ def seed_everything(seed: int) -> None:
     """Seed Python's and torch's generators, as SAEBench does before it evaluates an SAE."""
     random.seed(seed)
     torch.manual_seed(seed)
-
-
-def sae_bench_version() -> str:
-    """The release that ran an evaluation. SAEBench itself records the commit of the user's working directory."""
-    return f"sae-bench {version('sae-bench')}"

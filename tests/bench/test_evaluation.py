@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from sae_bench.evals.absorption.eval_output import AbsorptionMeanMetrics
 
 from sae_lens_matryoshka import MatryoshkaSAE, MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.bench import evaluate
@@ -20,7 +21,7 @@ from sae_lens_matryoshka.bench.labelled_text import LabelledText
 from sae_lens_matryoshka.bench.meta_structure import MetaStructure
 from sae_lens_matryoshka.bench.models import Model
 from sae_lens_matryoshka.bench.sparse_probing import SparseProbing
-from sae_lens_matryoshka.bench.upstream import AbsorptionMeanMetrics, CoreEvalConfig, MetaStructureEvalConfig
+from sae_lens_matryoshka.bench.upstream import CoreEvalConfig, MetaStructureEvalConfig
 from sae_lens_matryoshka.errors import UserError
 
 TEXTS = {label: [f"{label} text number {i} here" for i in range(4)] for label in "ab"}

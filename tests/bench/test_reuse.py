@@ -129,7 +129,7 @@ class _World:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(self.sae, "encode", lambda *a, **o: calls.append(0) or encode(*a, **o))
             spec = TextSpec(self.texts, self.texts, self.hook, self.context, batch_size=2)
-            self.source.pooled_latents(spec, SAEView(self.sae, self.hook, "model"))
+            self.source.pooled_latents(spec, SAEView(self.sae, self.hook, "model"), None)
         return bool(calls)
 
 
@@ -220,10 +220,10 @@ def test_an_sae_whose_latents_were_ablated_is_another_within_one_source(model: M
     sae = SAE.from_dict(cfg)
     source = ActivationSource(model, Cache(tmp_path))
     spec = TextSpec(TEXTS, TEXTS, HOOK, 8, batch_size=2)
-    before = source.pooled_latents(spec, SAEView(sae, HOOK, "model")).of_texts.train["a"]
+    before = source.pooled_latents(spec, SAEView(sae, HOOK, "model"), None).of_texts.train["a"]
     with torch.no_grad():
         sae.W_enc[:, 1::2] = 0
-    after = source.pooled_latents(spec, SAEView(sae, HOOK, "model")).of_texts.train["a"]
+    after = source.pooled_latents(spec, SAEView(sae, HOOK, "model"), None).of_texts.train["a"]
     assert before[:, 1::2].any()
     assert not after[:, 1::2].any()
 

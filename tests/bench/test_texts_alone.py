@@ -182,7 +182,7 @@ def test_saes_encode_tokens_only(model: Model, sae: MatryoshkaSAE, monkeypatch: 
     monkeypatch.setattr(sae, "encode", counting)
     spec = TextSpec({"a": TEXTS}, {"a": TEXTS[:2]}, HOOK, context_length=64, batch_size=4)
     source = ActivationSource(model)
-    pooled = source.pooled_latents(spec, SAEView(sae, HOOK, "model"))
+    pooled = source.pooled_latents(spec, SAEView(sae, HOOK, "model"), None)
     activations = source.of_text(spec).train["a"]
     expected = [encode(of_text[1:]).mean(0) for of_text in activations.values.split(activations.lengths)]
     torch.testing.assert_close(pooled.of_texts.train["a"], torch.stack(expected), rtol=1e-4, atol=1e-5)
