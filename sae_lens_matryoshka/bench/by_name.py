@@ -5,7 +5,7 @@ import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import ValidationError
 from sae_lens import SAE
@@ -45,25 +45,6 @@ CONFIGS: dict[str, type[BaseEvalConfig]] = {
 """SAEBench's config, by the name of an evaluation."""
 
 
-class FieldSetting(Protocol):
-    """A change of one field of an evaluation's config."""
-
-    @property
-    def evaluation(self) -> str:
-        """The name of the evaluation."""
-        ...
-
-    @property
-    def field(self) -> str:
-        """The field of SAEBench's config."""
-        ...
-
-    @property
-    def value(self) -> Any:
-        """Its value."""
-        ...
-
-
 def load_saes(
     places: Iterable[tuple[str, str]],
     widths: Mapping[str, Sequence[int]],
@@ -92,13 +73,13 @@ def load_saes(
 
 
 def build_evaluations(
-    names: Sequence[str], settings: Iterable[FieldSetting], data: Sequence[LabelledText], text: str | None
+    names: Sequence[str], settings: Iterable[tuple[str, str, Any]], data: Sequence[LabelledText], text: str | None
 ) -> list[Evaluation[Any]]:
     """The evaluations of these names with SAEBench's default configs, changed by the settings.
 
     Args:
         names: Names of evaluations.
-        settings: Changes of their configs.
+        settings: Changes of their configs: name of the evaluation, field, value.
         data: The user's own labelled text, in place of SAEBench's data sets.
         text: The user's own text for the core evaluation.
 
@@ -113,9 +94,8 @@ def build_evaluations(
         changes["core"]["dataset"] = text
         if Path(text).suffix in READERS:
             open_text_file(text)  # raises where it cannot be used
-    for setting in settings:
-        changes[setting.evaluation][setting.field] = setting.value
-    configs = {name: _config(name, changes[name]) for name in names}
+    for name, field, value in settings:
+        changes[name][field] = value
     build: dict[str, Callable[[Any], Evaluation[Any]]] = {
         "sparse_probing": lambda config: SparseProbing(config, data),
         "tpp": lambda config: ConceptErasure(config, data),
@@ -124,7 +104,7 @@ def build_evaluations(
         "core": lambda config: Core(config, follow_training=_EXCLUDES not in changes["core"]),
         "meta_structure": MetaStructure,
     }
-    return [build[name](config) for name, config in configs.items()]
+    return [build[name](_config(name, changed)) for name, changed in changes.items()]
 
 
 def _config(name: str, changes: dict[str, Any]) -> Any:

@@ -72,8 +72,8 @@ def _panel(axes: Axes, table: pd.DataFrame, x: str, metric: str) -> None:
                 )
         else:
             axes.plot(of_sae[x], of_sae[metric], linestyle="", marker="*", markersize=11, label=str(name))
-    better = next(headline.higher_is_better for headline in HEADLINES.values() if _is_of(headline.label, metric))
-    axes.set_title(f"{metric} ({'higher' if better else 'lower'} is better)", fontsize=10)
+    higher = {headline.label.split(",")[0]: headline.higher_is_better for headline in HEADLINES.values()}
+    axes.set_title(f"{metric} ({'higher' if higher[metric.split(',')[0]] else 'lower'} is better)", fontsize=10)
     if x == "width":
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted(table["width"].unique()))
@@ -82,7 +82,3 @@ def _panel(axes: Axes, table: pd.DataFrame, x: str, metric: str) -> None:
         axes.tick_params(axis="x", labelsize=8)
     axes.margins(x=0.08, y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _is_of(label: str, column: str) -> bool:
-    return column.split(",")[0] == label.split(",")[0]

@@ -6,7 +6,6 @@ weights, of tokenizers (of slow ones their vocabulary), of texts.
 
 import json
 import re
-from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -29,15 +28,12 @@ _NOT_CONTENT = {
 
 
 def model_hash(model: Model) -> str:
-    """A name for a language model: its class, its settings and its weights, wherever it was loaded from.
-
-    Args:
-        model: The model.
-    """
-    settings = [vars(model.cfg), getattr(getattr(model, "original_model", None), "config", None)]
+    """A name for a language model: its class, its settings and its weights, wherever it was loaded from."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
     described = [
-        {name: _plain(value) for name, value in _as_mapping(part).items() if name not in _NOT_CONTENT}
-        for part in settings
+        # without where an object lies in memory
+        {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in part.items() if name not in _NOT_CONTENT}
+        for part in (vars(model.cfg), {} if config is None else config.to_dict())
     ]
     return content_hash([type(model).__name__, described, module_hash(model)])
 
@@ -61,11 +57,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def path_hash(path: Path) -> str:
-    """A name for the contents of a file, with its ending, or of all files below a folder, with their names.
-
-    Args:
-        path: The file or folder.
-    """
+    """A name for the contents of a file, with its ending, or of all files below a folder, with their names."""
     if not path.is_dir():
         return content_hash([path.suffix, file_hash(path)])
     files = sorted(file for file in path.rglob("*") if file.is_file())
@@ -76,13 +68,3 @@ def path_hash(path: Path) -> str:
 def package_versions() -> dict[str, str]:
     """The versions of the packages that can change a result."""
     return {package: version(package) for package in PACKAGES}
-
-
-def _as_mapping(settings: Any) -> Mapping[str, Any]:
-    if settings is None:
-        return {}
-    return settings if isinstance(settings, Mapping) else settings.to_dict()
-
-
-def _plain(value: Any) -> str:
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # where an object lies in memory

@@ -119,7 +119,7 @@ class LabelledText:
             n_train: How many texts of a class to train on.
             n_test: How many texts of a class to test on.
         """
-        return _balanced(_joined(self.train), n_train), _balanced(_joined(self.test), n_test)
+        return _balanced(self.train, n_train), _balanced(self.test, n_test)
 
 
 def named_text(name: str, n_train: int, n_test: int, seed: int) -> tuple[Texts, Texts]:
@@ -190,24 +190,18 @@ def _split(value: Any, where: str, column: str) -> str:
     return value
 
 
-def _by_class(rows: pd.DataFrame, text: str, labels: list[str]) -> dict[str, list[str] | dict[str, list[str]]]:
-    if len(labels) == 1:
-        return {str(label): part[text].tolist() for label, part in rows.groupby(labels[0])}
-    return {
-        str(label): {str(second): inner[text].tolist() for second, inner in part.groupby(labels[1])}
-        for label, part in rows.groupby(labels[0])
-    }
+def _by_class(rows: pd.DataFrame, text: str, labels: Sequence[str]) -> Any:
+    """Class -> texts, or class -> second class -> texts."""
+    if not labels:
+        return rows[text].tolist()
+    return {str(label): _by_class(part, text, labels[1:]) for label, part in rows.groupby(labels[0])}
 
 
-def _joined(split: Mapping[str, Sequence[str] | Mapping[str, Sequence[str]]]) -> Texts:
-    """Texts by class, those of all second labels in turn."""
+def _balanced(split: Mapping[str, Sequence[str] | Mapping[str, Sequence[str]]], n: int) -> Texts:
+    """Up to n texts of each class, those of all second labels in turn."""
     joined: Texts = {}
     for label, texts in split.items():
         parts = texts.values() if isinstance(texts, Mapping) else [texts]
         joined[label] = [text for turn in itertools.zip_longest(*parts) for text in turn if text is not None]
-    return joined
-
-
-def _balanced(texts: Texts, n: int) -> Texts:
-    n = min([n, *map(len, texts.values())])
-    return {label: in_class[:n] for label, in_class in texts.items()}
+    n = min(n, *map(len, joined.values()))
+    return {label: texts[:n] for label, texts in joined.items()}

@@ -19,11 +19,7 @@ _IN_WORDS = {"sae": OTHER_SAE, "model": "another model", "tokenizer": "another t
 
 
 def config_as_json(config: BaseEvalConfig) -> dict[str, Any]:
-    """A config as it is read back from a result.
-
-    Args:
-        config: SAEBench's config.
-    """
+    """A config as it is read back from a result."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 

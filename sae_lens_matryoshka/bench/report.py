@@ -92,9 +92,9 @@ def evaluate(
     if results.empty:  # nor may an earlier table or figure show what was refused
         for name in OWN_FILENAMES:
             (output / name).unlink(missing_ok=True)
-        return Report(output, results, failures, skipped)
-    write_csv(output / RESULTS_FILENAME, results.astype(object).where(results.notna(), "").to_dict("records"))
-    plot_results(results, output)
+    else:
+        write_csv(output / RESULTS_FILENAME, results.astype(object).where(results.notna(), "").to_dict("records"))
+        plot_results(results, output)
     return Report(output, results, failures, skipped)
 
 

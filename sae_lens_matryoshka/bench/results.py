@@ -20,6 +20,8 @@ class Headline:
     """The metric that stands for an evaluation in tables and figures."""
 
     label: str
+    """The evaluation in words, with ``{n}`` for the number of latents in the metric's name."""
+
     metrics: tuple[str, ...]
     """Names of the metric; the first that was measured counts."""
 
@@ -28,7 +30,7 @@ class Headline:
 
 HEADLINES = {
     "sparse_probing": Headline(
-        "sparse probing, top 1", tuple(f"sae_top_{k}_test_accuracy" for k in (1, 2, 5, 10, 20, 50, 100))
+        "sparse probing, top {n}", tuple(f"sae_top_{k}_test_accuracy" for k in (1, 2, 5, 10, 20, 50, 100))
     ),
     "tpp": Headline("TPP, {n} latents", tuple(f"tpp_threshold_{n}_total_metric" for n in (20, 10, 5, 2, 50, 100, 500))),
     "scr": Headline("SCR, {n} latents", tuple(f"scr_metric_threshold_{n}" for n in (20, 10, 5, 2, 50, 100, 500))),
@@ -62,11 +64,7 @@ def load_results(folder: str | Path, warn: Callable[[str], object] = warnings.wa
 
 
 def results_table(results: Sequence[Result]) -> pd.DataFrame:
-    """The table of :func:`load_results`.
-
-    Args:
-        results: What it is about; there must be some.
-    """
+    """The table of :func:`load_results`, of one result or more."""
     rows = [
         {
             "sae": result.sae,
@@ -107,15 +105,7 @@ def headline_table(results: pd.DataFrame) -> pd.DataFrame:
         if metric is None:
             continue
         values = of_evaluation[of_evaluation["metric"] == metric].set_index(["sae", "width"])["value"]
-        label = column_label(evaluation, metric)
+        number = re.search(r"\d+", metric)
+        label = headline.label.format(n=number and number[0])
         table[label] = [values.get(pair, float("nan")) for pair in zip(table["sae"], table["width"], strict=True)]
     return table
-
-
-def column_label(evaluation: str, metric: str) -> str:
-    """The evaluation in words, with the number of latents in its metric."""
-    number = re.search(r"\d+", metric)
-    label = HEADLINES[evaluation].label
-    if number is None:
-        return label
-    return label.format(n=number[0]).replace("top 1", f"top {number[0]}")

@@ -44,12 +44,7 @@ class Call:
 
 
 def comparable(results: Sequence[Result], call: Call) -> tuple[list[Result], list[str]]:
-    """The results that may stand beside those of a call, and a sentence for each SAE and evaluation left out.
-
-    Args:
-        results: All results of a folder.
-        call: What was evaluated just now.
-    """
+    """A folder's results that may stand beside a call's, and a sentence for each SAE and evaluation left out."""
     kept, reasons = _sorted_out(results, call)
     sentences = [
         f"{evaluation} of {sae}{_levels(left_out)} is left out of table and figures: it was made with {why}; make it "
@@ -60,11 +55,7 @@ def comparable(results: Sequence[Result], call: Call) -> tuple[list[Result], lis
 
 
 def differing(results: Sequence[Result]) -> list[str]:
-    """A sentence for each SAE and evaluation whose numbers are not comparable to the newest ones of the folder.
-
-    Args:
-        results: All results of a folder; what was made from is known of.
-    """
+    """A sentence for each SAE and evaluation whose numbers are not comparable to the newest ones of the folder."""
     _, reasons = _sorted_out([result for result in results if result.made_from], Call())
     return [
         f"{evaluation} of {sae}{_levels(left_out)} is not comparable to the newest results: it was made with {why}."

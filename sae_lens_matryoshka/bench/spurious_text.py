@@ -39,13 +39,13 @@ def spurious_text(data: LabelledText, pair: Pair, n_train: int, n_test: int, see
             f"Data set {data.name!r} has one label a text, but SCR needs two; give a mapping class -> second class -> "
             "texts, or a file with a column second_label."
         )
-    second = sorted({value for texts in data.train.values() for value in texts})
-    if len(second) != 2:
-        raise UserError(f"Data set {data.name!r} has the second labels {second}, but SCR needs exactly two.")
-    with _registered(data.name, pair, (second[0], second[1])):
-        return _put_together(data, data.train, pair, second, n_train // 4, seed), _put_together(
-            data, data.test, pair, second, n_test // 4, seed
-        )
+    found = sorted({value for texts in data.train.values() for value in texts})
+    if len(found) != 2:
+        raise UserError(f"Data set {data.name!r} has the second labels {found}, but SCR needs exactly two.")
+    second = (found[0], found[1])
+    with _registered(data.name, pair, second):
+        train = _put_together(data, data.train, pair, second, n_train // 4, seed)
+        return train, _put_together(data, data.test, pair, second, n_test // 4, seed)
 
 
 def named_spurious_text(name: str, pair: Pair, n_train: int, n_test: int, seed: int) -> tuple[Texts, Texts]:
@@ -66,7 +66,7 @@ def _put_together(
     data: LabelledText,
     split: Mapping[str, Sequence[str] | Mapping[str, Sequence[str]]],
     pair: Pair,
-    second: Sequence[str],
+    second: Pair,
     n_a_quadrant: int,
     seed: int,
 ) -> Texts:
@@ -81,9 +81,8 @@ def _put_together(
     if n < 2:
         counts = ", ".join(f"{a} and {b}: {len(texts)}" for (a, b), texts in quadrants.items())
         raise UserError(f"Data set {data.name!r} has too few texts for SCR ({counts}).")
-    rows = [(text, a, b) for (a, b), texts in quadrants.items() for text in texts]
-    frame = pd.DataFrame([dict(zip(("text", "label", "second_label"), row, strict=True)) for row in rows])
-    return scr_dataset_creation.get_spurious_corr_data(frame, pair, (second[0], second[1]), data.name, n, seed)
+    rows = [{"text": text, "label": a, "second_label": b} for (a, b), texts in quadrants.items() for text in texts]
+    return scr_dataset_creation.get_spurious_corr_data(pd.DataFrame(rows), pair, second, data.name, n, seed)
 
 
 @contextmanager

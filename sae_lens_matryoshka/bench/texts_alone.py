@@ -44,12 +44,7 @@ def text_tokens(model: Model, texts: Sequence[str], max_length: int | None = Non
 
 
 def is_special(model: Model, tokens: Int[Tensor, "*any"]) -> Bool[Tensor, "*any"]:
-    """Which tokens are BOS, EOS or padding, which SAEBench leaves out of means.
-
-    Args:
-        model: The model.
-        tokens: Tokens, of any shape.
-    """
+    """Which tokens are BOS, EOS or padding, which SAEBench leaves out of means."""
     tokenizer = model.tokenizer
     ids = [getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")]
     return torch.isin(tokens, torch.tensor([token_id for token_id in ids if token_id is not None]).to(tokens))
@@ -77,11 +72,7 @@ def activations_alone(
         mask = pad_sequence([torch.ones_like(texts[index]) for index in indices], batch_first=True)
         # a mask of our own also keeps TransformerLens from guessing the padding by the tokenizer's side and pad token
         _, cache = model.run_with_cache(
-            tokens,
-            names_filter=[hook.name],
-            stop_at_layer=hook.layer + 1,
-            prepend_bos=False,
-            attention_mask=mask,
+            tokens, names_filter=[hook.name], stop_at_layer=hook.layer + 1, prepend_bos=False, attention_mask=mask
         )
         for index, activations in zip(indices, cache[hook.name], strict=True):
             yield index, activations[: len(texts[index])]
