@@ -32,8 +32,6 @@ from sae_lens_matryoshka.saved.trained_from import recorded_model
 from sae_lens_matryoshka.text.data_files import READERS
 from sae_lens_matryoshka.text.data_set import open_text_file
 
-_EXCLUDES = "exclude_special_tokens_from_reconstruction"
-
 CONFIGS: dict[str, type[BaseEvalConfig]] = {
     "sparse_probing": SparseProbingEvalConfig,
     "tpp": ScrAndTppEvalConfig,
@@ -101,7 +99,9 @@ def build_evaluations(
         "tpp": lambda config: ConceptErasure(config, data),
         "scr": lambda config: ConceptErasure(config, data),
         "absorption": Absorption,
-        "core": lambda config: Core(config, follow_training=_EXCLUDES not in changes["core"]),
+        "core": lambda config: Core(
+            config, follow_training="exclude_special_tokens_from_reconstruction" not in changes["core"]
+        ),
         "meta_structure": MetaStructure,
     }
     return [build[name](_config(name, changed)) for name, changed in changes.items()]

@@ -104,16 +104,15 @@ class ConceptErasure(Evaluation[ScrAndTppEvalConfig]):
         texts: dict[str, tuple[Texts, Texts]] = {}
         for name in config.dataset_names:
             data = self.data.get(name)
-            if not self._scr and data is not None:
-                texts[name] = data.by_class(sizes[0] // 2, sizes[1] // 2)
-            elif not self._scr:
+            if self._scr:
+                for pair in self._pairs(name):
+                    given = (pair, *sizes, config.random_seed)
+                    of_pair = named_spurious_text(name, *given) if data is None else spurious_text(data, *given)
+                    texts[f"{name}_scr_{pair[0]}_{pair[1]}"] = of_pair
+            elif data is None:
                 texts[name] = named_text(name, *sizes, config.random_seed)
-            for pair in self._pairs(name) if self._scr else ():
-                of_pair = f"{name}_scr_{pair[0]}_{pair[1]}"
-                if data is not None:
-                    texts[of_pair] = spurious_text(data, pair, *sizes, config.random_seed)
-                else:
-                    texts[of_pair] = named_spurious_text(name, pair, *sizes, config.random_seed)
+            else:
+                texts[name] = data.by_class(sizes[0] // 2, sizes[1] // 2)
         return {
             name: TextSpec(*train_and_test, hook, config.context_length, config.llm_batch_size)
             for name, train_and_test in texts.items()
@@ -141,11 +140,7 @@ class ConceptErasure(Evaluation[ScrAndTppEvalConfig]):
             mean = source.of_text(spec).map(TextActivations.means)
             with torch.enable_grad():
                 probes, _ = probe_training.train_probe_on_activations(
-                    mean.train,
-                    mean.test,
-                    select_top_k=None,
-                    use_sklearn=False,
-                    **settings,
+                    mean.train, mean.test, select_top_k=None, use_sklearn=False, **settings
                 )
             clean = scr_and_tpp_main.get_probe_test_accuracy(
                 probes,  # type: ignore[arg-type]

@@ -22,9 +22,6 @@ from sae_lens_matryoshka.levels import level_index
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
 from sae_lens_matryoshka.saved.fingerprints import sae_hash, typed_hash
 
-WHOLE_SAE_ID = "custom_sae"
-"""The id that SAEBench gives to an SAE passed as an object."""
-
 
 @dataclass(frozen=True)
 class EvaluatedSAE:
@@ -39,7 +36,8 @@ class EvaluatedSAE:
 
     @property
     def sae_id(self) -> str:
-        return WHOLE_SAE_ID if self.level is None else f"level_{self.level}"
+        """SAEBench's id, for a whole SAE that of an SAE passed as an object."""
+        return "custom_sae" if self.level is None else f"level_{self.level}"
 
     @property
     def width(self) -> int:
@@ -127,6 +125,8 @@ class SAEView:
 
     def __init__(self, sae: SAE[Any], hook: Hook, model_name: str) -> None:
         self.sae = sae
+        self.dtype = sae.dtype
+        self.device = sae.device
         norms = sae.W_dec.detach().norm(dim=-1)
         norms = torch.where(norms == 0, torch.ones_like(norms), norms)
         tolerance = 1e-2 if sae.dtype in (torch.bfloat16, torch.float16) else 1e-5
@@ -166,14 +166,6 @@ class SAEView:
         if b_enc is None:
             return torch.zeros_like(self.W_dec[:, 0])
         return b_enc.detach() if self._norms is None else b_enc.detach() * self._norms
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.sae.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.sae.device
 
     @cached_property
     def hash(self) -> str:

@@ -24,7 +24,6 @@ from sae_lens_matryoshka.bench.labelled_text import LabelledText
 from sae_lens_matryoshka.bench.made_from import MADE_FROM, WHOLE_SAE, config_as_json, config_differences, differences
 from sae_lens_matryoshka.bench.models import Model, load_model
 from sae_lens_matryoshka.bench.own_files import check_folder
-from sae_lens_matryoshka.bench.side_by_side import Settings
 from sae_lens_matryoshka.bench.upstream import (
     BaseEvalConfig,
     BaseEvalOutput,
@@ -152,10 +151,6 @@ class Evaluation(ABC, Generic[Config]):
         self.config = self.given_config
         self.config = self.completed(source)
 
-    def settings(self, source: ActivationSource) -> Settings:
-        """What results of all SAEs must have in common with those of the last run."""
-        return Settings(config_as_json(self.config), self.inputs(source))
-
     def inputs(self, source: ActivationSource) -> dict[str, Any]:
         """Names by content of what the results of all SAEs are made from beside the config: text, model, versions."""
         data = [[name, text.train, text.test] for name, text in self.data.items()]
@@ -207,6 +202,10 @@ class Evaluation(ABC, Generic[Config]):
             changes["llm_batch_size"] = known.get(source.name, DEFAULT_LLM_BATCH_SIZE)
         return dataclasses.replace(self.config, **changes)
 
+    def config_for(self, sae: EvaluatedSAE) -> Config:
+        """The config that an SAE is evaluated with, where it must differ for some."""
+        return self.config
+
     def _finished(self, path: Path, sae: EvaluatedSAE, made_from: dict[str, Any]) -> bool:
         """Whether there is a result that was made from exactly what a new one would be made from.
 
@@ -224,19 +223,12 @@ class Evaluation(ABC, Generic[Config]):
             was_made_from = existing["sae_cfg_dict"]["metadata"][MADE_FROM]
             differs = config_differences(existing["eval_config"], config_as_json(self.config_for(sae)), made_from)
             differs += differences(was_made_from, made_from)
+            problem = f"was made with {'; '.join(differs)}" if differs else None
         except (KeyError, TypeError, AttributeError):
-            raise UserError(
-                f"{path} is not a result of this evaluation. Choose another output, or replace it with force (--force)."
-            ) from None
-        if differs:
-            raise UserError(
-                f"{path} was made with {'; '.join(differs)}. Choose another output, or replace it with force (--force)."
-            )
+            problem = "is not a result of this evaluation"
+        if problem is not None:
+            raise UserError(f"{path} {problem}. Choose another output, or replace it with force (--force).")
         return True
-
-    def config_for(self, sae: EvaluatedSAE) -> Config:
-        """The config that an SAE is evaluated with, where it must differ for some."""
-        return self.config
 
     def _write(self, path: Path, eval_output: BaseEvalOutput) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from sae_lens_matryoshka.bench.cache import Cache
 from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, hook_of, on_device
 from sae_lens_matryoshka.bench.evaluation import Evaluation
 from sae_lens_matryoshka.bench.figures import plot_results
+from sae_lens_matryoshka.bench.made_from import config_as_json
 from sae_lens_matryoshka.bench.models import Model, load_model
 from sae_lens_matryoshka.bench.own_files import OWN_FILENAMES, RESULTS_FILENAME, check_own_files
 from sae_lens_matryoshka.bench.result_files import read_results
@@ -138,6 +139,6 @@ def _call(
     for sae in saes:
         with suppress(UserError):  # which every evaluation has failed for
             hooks.add(hook_of(sae.sae, hook_name).name)
-    settings = {evaluation.name: evaluation.settings(source) for evaluation in evaluations}
+    settings = {each.name: (config_as_json(each.config), each.inputs(source)) for each in evaluations}
     model = {"model": source.model_hash, "tokenizer": source.tokenizer_hash}
     return Call(settings, hash_of, model, frozenset(hooks))

@@ -64,30 +64,19 @@ def read_results(folder: str | Path, evaluations: Iterable[str], warn: Callable[
 
 def _read(path: Path) -> Result:
     result = load_json(path.read_text(encoding="utf-8"))
-    level = re.fullmatch(r"level_([0-9]{1,9})", result["sae_lens_id"])
+    of_level = re.fullmatch(r"level_([0-9]{1,9})", result["sae_lens_id"])
+    level = None if of_level is None else int(of_level[1])
     name, width = result["sae_lens_release_id"], result["sae_cfg_dict"]["d_sae"]
-    metrics = {
-        metric: value for category in result["eval_result_metrics"].values() for metric, value in category.items()
-    }
+    measured = [item for category in result["eval_result_metrics"].values() for item in category.items()]
+    metrics = {metric: value for metric, value in measured if value is not None}
     # the core evaluation's figure beyond SAEBench's own
     unstructured = result.get("eval_result_unstructured") or {}
     metrics |= {name: value for name, value in unstructured.items() if isinstance(value, float)}
     metadata = result["sae_cfg_dict"].get("metadata") or {}
     config, made_from = result.get("eval_config") or {}, metadata.get(MADE_FROM) or {}
     time = result.get("datetime_epoch_millis") or 0
-    wrong = [value for value in metrics.values() if value is not None and not isinstance(value, int | float)]
+    wrong = [value for value in metrics.values() if not isinstance(value, int | float)]
     wrong += [value for value in (config, made_from) if not isinstance(value, dict)]
     if not isinstance(name, str) or not isinstance(width, int) or not isinstance(time, int) or wrong:
         raise TypeError("values of other types than SAEBench's")
-    return Result(
-        path,
-        path.parent.name,
-        name,
-        None if level is None else int(level[1]),
-        width,
-        {metric: value for metric, value in metrics.items() if value is not None},
-        config,
-        metadata,
-        made_from,
-        time,
-    )
+    return Result(path, path.parent.name, name, level, width, metrics, config, metadata, made_from, time)

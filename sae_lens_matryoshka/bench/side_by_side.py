@@ -16,22 +16,11 @@ _OWN_TO_AN_SAE = ("sae", WHOLE_SAE, "tokens", "hook")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What results of one evaluation must have in common."""
-
-    config: Mapping[str, Any]
-    """SAEBench's config, as JSON has it."""
-
-    made_from: Mapping[str, Any]
-    """Text, model, tokenizer and versions, by content."""
-
-
-@dataclass(frozen=True)
 class Call:
     """What is evaluated now."""
 
-    settings: dict[str, Settings] = field(default_factory=dict)
-    """By evaluation."""
+    settings: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = field(default_factory=dict)
+    """What results of an evaluation must have in common: SAEBench's config, as JSON has it, and by content the rest."""
 
     hash_of: Callable[[str, int | None], str | None] = lambda sae, level: None
     """The hash of an SAE's level as it is now; empty for a level that the SAE does not have, None for other SAEs."""
@@ -97,16 +86,18 @@ def _differences_of_place(result: Result, call: Call) -> list[str]:
 
 
 def _differences_of_settings(result: Result, call: Call, references: dict[str, Result]) -> list[str]:
-    now, widths, of = call.settings.get(result.evaluation), [result.width], [result]
+    now, compared = call.settings.get(result.evaluation), [result]
     if now is None:
         reference = references.setdefault(result.evaluation, result)
         shared = {name: value for name, value in reference.made_from.items() if name not in _OWN_TO_AN_SAE}
-        now, widths, of = Settings(reference.config, shared), [result.width, reference.width], [result, reference]
+        now, compared = (reference.config, shared), [result, reference]
     if not result.made_from:
         return ["nothing that it records"]
-    without_special = any(part.metadata.get("exclude_special_tokens") for part in of)
-    was, config = (_common(part, min(widths), without_special) for part in (result.config, now.config))
-    return config_differences(was, config, now.made_from) + differences(result.made_from, now.made_from)
+    config, made_from = now
+    width = min(each.width for each in compared)
+    without_special = any(each.metadata.get("exclude_special_tokens") for each in compared)
+    was, config = (_common(each, width, without_special) for each in (result.config, config))
+    return config_differences(was, config, made_from) + differences(result.made_from, made_from)
 
 
 def _common(config: Mapping[str, Any], width: int, without_special: bool) -> dict[str, Any]:
