@@ -17,10 +17,6 @@ from torch import Tensor
 
 from sae_lens_matryoshka.errors import UserError
 
-PAPER_FRACTIONS = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
-"""The prefixes of the paper's Gemma-2-2B SAEs: 2048, 6144, 14336, 30720 and 65536 of 65536 latents."""
-
-
 SAVED_AS = {"jumprelu": "matryoshka", "topk": "matryoshka_topk", "standard": "matryoshka_standard"}
 """The SAELens architectures that trained Matryoshka SAEs are saved as, and ours that they are with their levels."""
 
@@ -28,12 +24,12 @@ SAVED_AS = {"jumprelu": "matryoshka", "topk": "matryoshka_topk", "standard": "ma
 def paper_widths(d_sae: int) -> list[int]:
     """The paper's five prefixes, 1/32, 3/32, 7/32, 15/32 and all of ``d_sae`` latents, rounded to whole latents.
 
-    Source: arXiv:2503.17547, section 4 (Gemma-2-2B).
+    Source: arXiv:2503.17547, section 4 (Gemma-2-2B, with 65536 latents).
 
     Raises:
         ValueError: If ``d_sae`` is too small for five different widths.
     """
-    widths = [round(d_sae * fraction) for fraction in PAPER_FRACTIONS]
+    widths = [round(d_sae * n / 32) for n in (1, 3, 7, 15, 32)]
     return _strictly_increasing(widths, f"d_sae={d_sae} is too small for the paper's five prefixes; use d_sae >= 32")
 
 

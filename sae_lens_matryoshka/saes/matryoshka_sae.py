@@ -41,6 +41,11 @@ class MatryoshkaSAEConfig(SAEConfig):
         self.matryoshka_widths = validate_widths(self.matryoshka_widths, self.d_sae)
         super().__post_init__()
 
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return SAVED_AS[super().architecture()]  # type: ignore[safe-super]
+
 
 class MatryoshkaSAE(PluginSAE):
     """An SAE with levels. Wherever SAELens takes an SAE it takes this one, as the full level.
@@ -57,9 +62,6 @@ class MatryoshkaSAE(PluginSAE):
 
     level_config_class: type[SAEConfig]
     """Its config class, which is SAELens's own."""
-
-    def __init__(self, cfg: MatryoshkaSAEConfig, use_error_term: bool = False) -> None:
-        super().__init__(cfg, use_error_term)
 
     @property
     def widths(self) -> list[int]:
@@ -242,9 +244,9 @@ class MatryoshkaSAE(PluginSAE):
         widths = level_widths({**cfg_dict, "architecture": architecture}, widths)
         kind, config_class = KINDS[architecture]
         kept = {f.name: cfg_dict[f.name] for f in fields(config_class) if f.name in cfg_dict}
-        kept["metadata"] = SAEMetadata.from_dict(cfg_dict["metadata"])
-        kept["dtype"] = dtype_to_str(state_dict["W_dec"].dtype)
-        matryoshka_sae = kind(config_class(**{**kept, "device": "meta", "matryoshka_widths": widths}))
+        metadata, dtype = SAEMetadata.from_dict(cfg_dict["metadata"]), dtype_to_str(state_dict["W_dec"].dtype)
+        kept.update(metadata=metadata, dtype=dtype, device="meta", matryoshka_widths=widths)
+        matryoshka_sae = kind(config_class(**kept))
         matryoshka_sae.load_state_dict(state_dict, assign=True)
         check_parameters(matryoshka_sae)
         matryoshka_sae.cfg.device = sae.cfg.device

@@ -21,12 +21,7 @@ class KeepsTrainingStatistics(nn.Module):
     _statistics_starts: dict[str, Tensor]
 
     def _register_statistic(self, name: str, start: Tensor) -> None:
-        """Keep a statistic.
-
-        Args:
-            name: The name of the buffer.
-            start: Its value before the first step.
-        """
+        """Keep a statistic: a buffer of that name, with its value before the first step."""
         if "_statistics_starts" not in self.__dict__:
             self._statistics_starts = {}
         self._statistics_starts[name] = start

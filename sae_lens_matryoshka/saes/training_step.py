@@ -48,6 +48,12 @@ class Prefixes(NamedTuple):
 class Encoding(NamedTuple):
     """The latents of a batch as functions of the parameters: a value an entry, or the whole matrix."""
 
+    x: Float[Tensor, "batch d_in"]
+    """The processed input that they are of."""
+
+    prefixes: Prefixes
+    """The prefixes of the step."""
+
     latents: ActiveLatents | DenseLatents
     """Where the values belong."""
 
