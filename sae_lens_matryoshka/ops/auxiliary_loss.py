@@ -67,18 +67,8 @@ def matryoshka_auxiliary_loss(
 ) -> Float[Tensor, ""]:
     """The sum over levels of the loss that makes a level's own dead latents reconstruct that level's residual.
 
-    Equals SAELens's ``calculate_matryoshka_aux_loss`` before its coefficient.
-
-    Args:
-        x: The input of the encoder, ``b_dec`` already subtracted; gets no gradient itself.
-        W_enc: Encoder weights.
-        b_enc: Encoder bias.
-        W_dec: Decoder weights.
-        b_dec: The decoder bias if it was subtracted from the input, else None.
-        level_residuals: What each level leaves over, target minus reconstruction.
-        level_dead: The dead latents among each level's own.
-        column_scale: What pre-activations are multiplied by to choose among the dead; None for 1.
-        row_scale: What the errors of each sample are multiplied by before squaring; None for 1.
+    Equals SAELens's ``calculate_matryoshka_aux_loss`` before its coefficient. Takes what :func:`auxiliary_loss` does,
+    but of each level the residual, in ``level_residuals``, and the dead among its own latents, in ``level_dead``.
     """
     total = x.new_zeros(())
     for residual, dead in zip(level_residuals, level_dead, strict=True):
