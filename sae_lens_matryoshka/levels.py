@@ -92,13 +92,10 @@ def validate_widths(widths: Sequence[int], d_sae: int, field: str = "matryoshka_
 
 
 def recorded_widths(cfg_dict: dict[str, Any]) -> list[int] | None:
-    """The level widths that an SAE's config records, or None.
+    """The level widths that an SAE's config, as ``cfg.to_dict()`` gives it, records, or None.
 
     They stand in our own configs, in the metadata of levels cut out of an SAE, and in SAELens's metadata of how the
     SAE was trained (``training_architecture_details``).
-
-    Args:
-        cfg_dict: An SAE's config as ``cfg.to_dict()`` gives it.
     """
     metadata = cfg_dict.get("metadata") or {}
     training_details = metadata.get("training_architecture_details") or {}
@@ -120,13 +117,13 @@ def level_widths(cfg_dict: dict[str, Any], widths: Sequence[int] | None = None) 
         ValueError: If there are none, or they do not fit the SAE.
     """
     recorded, d_sae = recorded_widths(cfg_dict), cfg_dict["d_sae"]
-    if widths is None and recorded is None:
-        raise ValueError(
-            f"This {cfg_dict.get('architecture')} SAE does not record its level widths. If it was trained as a "
-            f"Matryoshka SAE, pass them: widths=[..., {d_sae}]."
-        )
     if widths is None:
-        return validate_widths(recorded or [], d_sae)
+        if recorded is None:
+            raise ValueError(
+                f"This {cfg_dict.get('architecture')} SAE does not record its level widths. If it was trained as a "
+                f"Matryoshka SAE, pass them: widths=[..., {d_sae}]."
+            )
+        return validate_widths(recorded, d_sae)
     given = validate_widths(widths, d_sae, "widths")
     if recorded is not None and given != list(dict.fromkeys([*recorded, d_sae])):
         raise UserError(f"widths={list(widths)} contradict this SAE's own, {list(recorded)}; leave them out.")

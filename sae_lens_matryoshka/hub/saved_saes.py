@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_lens import SAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.synthetic import RUNNER_CONFIG_FILENAME
 
@@ -19,17 +18,15 @@ from sae_lens_matryoshka.hub.own_files import MAX_BYTES, check_own_file
 from sae_lens_matryoshka.hub.privacy import PrivacyFilter
 from sae_lens_matryoshka.levels import recorded_widths
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
-from sae_lens_matryoshka.saved.checks import (
-    check_parameters,
-    check_saved_sae,
-    config_as_saelens_6,
-    loading_errors,
-    read_json,
-)
+from sae_lens_matryoshka.saved.checks import check_finite, check_saved_sae, config_as_saelens_6, read_json
 from sae_lens_matryoshka.saved.level_figures import LEVELS_FILENAME, are_of_saved_sae
+from sae_lens_matryoshka.saved.loaded import load_saved_sae
 from sae_lens_matryoshka.text.data_files import shown
 from sae_lens_matryoshka.untrusted.bounded import is_number, is_whole_number
 from sae_lens_matryoshka.untrusted.csv_tables import read_csv
+
+SAE_FILENAMES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME)
+"""The files of an SAE in a repository."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +63,6 @@ class SavedSAE:
     dataset: str | None = None
     """The data set's repository on the Hub, if it is known to have one."""
 
-    def load(self) -> SAE[Any]:
-        """Load it in full, as SAELens does."""
-        with loading_errors(str(self.folder)):
-            return SAE.load_from_disk(self.folder)
-
 
 def find_saved_saes(path: str | Path, sae_id: str | None = None, hub_names: Collection[str] = ()) -> list[SavedSAE]:
     """The SAEs in a folder that SAELens or this plugin has saved, or in the folders below it.
@@ -89,17 +81,21 @@ def find_saved_saes(path: str | Path, sae_id: str | None = None, hub_names: Coll
     if not path.is_dir():
         raise UserError(f"There is no folder {path}.")
     if (path / SAE_CFG_FILENAME).is_file():
-        return _with_hub_names([_read(path, path, sae_id, hub_names)], hub_names)
-    folders = sorted(cfg.parent for cfg in path.rglob(SAE_CFG_FILENAME))
-    if not folders:
-        raise UserError(f"{path} is not a saved SAE (no {SAE_CFG_FILENAME}), nor does it hold any.")
-    if sae_id is not None:
-        raise UserError(
-            f"{path} holds {len(folders)} SAEs, which are called by their folders; push one of those folders to give "
-            f"it the id {sae_id!r}."
-        )
-    saes = [_read(folder, path, folder.relative_to(path).as_posix(), hub_names) for folder in folders]
-    return _with_hub_names(saes, hub_names)
+        saes = [_read(path, path, sae_id, hub_names)]
+    else:
+        folders = sorted(cfg.parent for cfg in path.rglob(SAE_CFG_FILENAME))
+        if not folders:
+            raise UserError(f"{path} is not a saved SAE (no {SAE_CFG_FILENAME}), nor does it hold any.")
+        if sae_id is not None:
+            raise UserError(
+                f"{path} holds {len(folders)} SAEs, which are called by their folders; push one of those folders to "
+                f"give it the id {sae_id!r}."
+            )
+        saes = [_read(folder, path, folder.relative_to(path).as_posix(), hub_names) for folder in folders]
+    for name in hub_names:
+        if not any(name in saved.privacy.seen for saved in saes):
+            raise UserError(f"No config to be published names {name!r}, which is said to be on the Hub.")
+    return saes
 
 
 def check_sae_id(sae_id: str) -> str:
@@ -118,21 +114,16 @@ def check_sae_id(sae_id: str) -> str:
     return sae_id
 
 
-def _with_hub_names(saes: list[SavedSAE], hub_names: Collection[str]) -> list[SavedSAE]:
-    """The SAEs, unless the user says of a name that none of them has that it is on the Hub."""
-    for name in hub_names:
-        if not any(name in saved.privacy.seen for saved in saes):
-            raise UserError(f"No config to be published names {name!r}, which is said to be on the Hub.")
-    return saes
-
-
 def _read(folder: Path, root: Path, sae_id: str | None, hub_names: Collection[str]) -> SavedSAE:
     """Read and check one SAE; ``root`` is the folder that the user named, which may hold the run's config."""
     if sae_id is not None:
         check_sae_id(sae_id)
-    runner_cfg_path = _first_file(folder / RUNNER_CFG_FILENAME, root / RUNNER_CFG_FILENAME)
+    runner_cfg_path = next(
+        (file for file in (folder / RUNNER_CFG_FILENAME, root / RUNNER_CFG_FILENAME) if file.is_file()), None
+    )
     synthetic_cfg_path = folder / RUNNER_CONFIG_FILENAME
-    for path in (runner_cfg_path, *(folder / name for name in _OWN_FILES)):
+    own_files = [folder / name for name in (*SAE_FILENAMES, LEVELS_FILENAME, RUNNER_CONFIG_FILENAME)]
+    for path in (runner_cfg_path, *own_files):
         if path is not None and (path.exists() or path.is_symlink()):
             check_own_file(path, root, None if path.suffix == ".safetensors" else MAX_BYTES)
     saved_cfg = check_saved_sae(folder)
@@ -164,20 +155,10 @@ def _read(folder: Path, root: Path, sae_id: str | None, hub_names: Collection[st
     return saved
 
 
-_OWN_FILES = (
-    SAE_CFG_FILENAME,
-    SAE_WEIGHTS_FILENAME,
-    SPARSITY_FILENAME,
-    LEVELS_FILENAME,
-    RUNNER_CFG_FILENAME,
-    RUNNER_CONFIG_FILENAME,
-)
-
-
 def _check_loads(saved: SavedSAE) -> None:
     """Load an SAE and let it go again, so that nothing is published that others cannot load."""
-    sae = saved.load()
-    check_parameters(sae)
+    sae = load_saved_sae(saved.folder)
+    check_finite(sae.named_parameters())
     if saved.widths is None:
         return
     try:
@@ -211,7 +192,3 @@ def _read_levels(path: Path) -> list[dict[str, str]]:
 
 
 _LEVEL_COLUMNS = {"width": is_whole_number, "dead": is_whole_number, "l0": is_number, "fvu": is_number}
-
-
-def _first_file(*paths: Path) -> Path | None:
-    return next((path for path in paths if path.is_file()), None)

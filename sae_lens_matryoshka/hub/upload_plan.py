@@ -22,10 +22,8 @@ from sae_lens_matryoshka.hub.model_card import CardEntry, listed_figures
 from sae_lens_matryoshka.hub.own_files import read_png, read_sparsity, weights_alone
 from sae_lens_matryoshka.hub.privacy import Replacement
 from sae_lens_matryoshka.hub.results import RESULTS_FILENAME, check_measured_on, read_results
-from sae_lens_matryoshka.hub.saved_saes import SavedSAE
+from sae_lens_matryoshka.hub.saved_saes import SAE_FILENAMES, SavedSAE
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
-
-SAE_FILENAMES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME)
 
 
 @dataclass

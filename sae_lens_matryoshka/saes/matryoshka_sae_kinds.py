@@ -119,13 +119,6 @@ class MatryoshkaTopKSAE(MatryoshkaSAE, TopKSAE):
             return feature_acts
         return feature_acts * (1 / self.W_dec[: feature_acts.shape[-1]].norm(dim=-1))
 
-    @override
-    def _level_cfg(self, width: int, **changes: Any) -> TopKSAEConfig:
-        cfg = super()._level_cfg(width, **changes)
-        assert isinstance(cfg, TopKSAEConfig)
-        cfg.k = min(cfg.k, width)
-        return cfg
-
 
 for _kind, _config_class in (
     (MatryoshkaJumpReLUSAE, MatryoshkaJumpReLUSAEConfig),

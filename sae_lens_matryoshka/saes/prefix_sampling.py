@@ -5,7 +5,6 @@ it. Source: N. Nabeshima, "Matryoshka Sparse Autoencoders", https://sparselatent
 https://github.com/noanabeshima/matryoshka-saes (``get_pareto_prefix_bounds`` in sae.py at commit 5aa72b1).
 """
 
-import functools
 import math
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -73,18 +72,8 @@ class PrefixSampling:
         return np.diff(np.linspace(0, 1, d_sae - self.min_width + 1) ** self.pareto_power)
 
     def draw(self, d_sae: int, step: int) -> list[int]:
-        """The prefix lengths of a training step, ascending, the last one ``d_sae``.
-
-        Args:
-            d_sae: The number of latents.
-            step: The number of the training step.
-        """
+        """The prefix lengths of training step ``step``, ascending, the last one ``d_sae``."""
         generator = np.random.default_rng((self.seed, step))
         lengths = np.arange(self.min_width, d_sae)
-        drawn = generator.choice(lengths, self.n_prefixes - 1, replace=False, p=_probabilities(self, d_sae))
+        drawn = generator.choice(lengths, self.n_prefixes - 1, replace=False, p=self.probabilities(d_sae))
         return [*sorted(drawn.tolist()), d_sae]
-
-
-@functools.lru_cache(maxsize=8)
-def _probabilities(law: PrefixSampling, d_sae: int) -> Float[np.ndarray, " n_lengths"]:
-    return law.probabilities(d_sae)
