@@ -44,16 +44,11 @@ class ActiveLatents:
     """Where each latent's entries start in that order."""
 
     hidden_pre: Float[Tensor, " n"]
-    """The pre-activations."""
-
     scores: Float[Tensor, " n"]
     """The scores that were compared in the selection."""
 
     batch: int
-    """Number of samples."""
-
     widths: tuple[int, ...]
-    """The level widths."""
 
     def to_sparse(self, values: Float[Tensor, " n"]) -> Float[Tensor, "batch d_sae"]:
         """One value for each entry, in their order, as a coalesced sparse COO tensor."""
@@ -94,10 +89,7 @@ class DenseLatents:
     """The whole matrix of latent activations, cut into levels: L matrix products in place of one, of the same cost."""
 
     batch: int
-    """Number of samples."""
-
     widths: tuple[int, ...]
-    """The level widths."""
 
     level_columns: "tuple[slice | Int[Tensor, ' n'], ...]"
     """Each level's own latents."""

@@ -10,7 +10,7 @@ from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_matryoshka.ops.auxiliary_loss import auxiliary_loss, matryoshka_auxiliary_loss
+from sae_lens_matryoshka.ops.auxiliary_loss import auxiliary_loss
 from sae_lens_matryoshka.ops.encoder import selected_hidden_pre
 from sae_lens_matryoshka.ops.nested_loss import NestedErrors
 from sae_lens_matryoshka.ops.selection import Selection
@@ -68,12 +68,11 @@ class TopKFamilyTrainingSAE(NestedTrainingSAE, TopKTrainingSAE):
         if dead_mask is not None:
             parameters = (x, self.W_enc, self.b_enc, self.W_dec, self._subtracted_b_dec())
             norms = self._decoder_norms()
+            residuals, dead_of_levels = [errors.residual], [dead_mask.nonzero().squeeze(1)]
             if errors.level_residuals is not None and self.cfg.use_matryoshka_aux_loss:
-                dead_of_levels = level_dead(dead_mask, encoding.prefixes)
-                loss = matryoshka_auxiliary_loss(*parameters, -errors.level_residuals, dead_of_levels, norms, row_scale)
-            else:
-                dead = dead_mask.nonzero().squeeze(1)
-                loss = auxiliary_loss(*parameters, -errors.residual, dead, norms, row_scale)
+                residuals, dead_of_levels = errors.level_residuals, level_dead(dead_mask, encoding.prefixes)
+            for residual, dead in zip(residuals, dead_of_levels, strict=True):
+                loss = loss + auxiliary_loss(*parameters, -residual, dead, norms, row_scale)
         return {"auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * loss}
 
     @property

@@ -16,7 +16,6 @@ class TrainingPath(NamedTuple):
     """Whether by ``ops/``. Otherwise by SAELens's own code and the definition of the losses."""
 
     reason: str
-    """Why."""
 
 
 class Prefixes(NamedTuple):
@@ -58,7 +57,6 @@ class Encoding(NamedTuple):
     """Where the values belong."""
 
     hidden_pre: Tensor
-    """The pre-activations."""
 
     coefficients: Tensor
     """What decoder rows are multiplied by."""
