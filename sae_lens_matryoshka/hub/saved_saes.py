@@ -14,6 +14,7 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHT
 from sae_lens.synthetic import RUNNER_CONFIG_FILENAME
 
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.hub.model_card import CardEntry
 from sae_lens_matryoshka.hub.own_files import MAX_BYTES, check_own_file
 from sae_lens_matryoshka.hub.privacy import PrivacyFilter
 from sae_lens_matryoshka.levels import recorded_widths
@@ -33,35 +34,17 @@ SAE_FILENAMES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNN
 class SavedSAE:
     """An SAE on disk that can be published."""
 
-    sae_id: str
-    """Its folder in the repository."""
-
     folder: Path
     """Its folder on disk."""
 
-    cfg: dict[str, Any]
-    """Its config, free of local paths."""
+    entry: CardEntry
+    """What its files say for the model card, free of local paths."""
 
     runner_cfg: dict[str, Any] | None
     """The config of the run that trained it, free of local paths; None if there is none."""
 
-    run_settings: dict[str, Any]
-    """The same for the model card, which also reads the config of a run on synthetic data."""
-
-    widths: list[int] | None
-    """The number of latents of each level; None for an SAE without levels."""
-
-    level_figures: list[dict[str, str]]
-    """The rows of ``levels.csv``; empty if there is none."""
-
     privacy: PrivacyFilter
     """What everything that is published of it passes through."""
-
-    base_model: str | None = None
-    """The model's repository on the Hub, if it is known to have one."""
-
-    dataset: str | None = None
-    """The data set's repository on the Hub, if it is known to have one."""
 
 
 def find_saved_saes(path: str | Path, sae_id: str | None = None, hub_names: Collection[str] = ()) -> list[SavedSAE]:
@@ -135,45 +118,42 @@ def _read(folder: Path, root: Path, sae_id: str | None, hub_names: Collection[st
     runner_cfg = None
     if runner_cfg_path is not None:
         runner_cfg = privacy.contents(read_json(runner_cfg_path), f"{RUNNER_CFG_FILENAME}: ")
-    run_settings = runner_cfg or {}
+    run_settings = runner_cfg or {}  # for the card, which also reads the config of a run on synthetic data
     if runner_cfg is None and synthetic_cfg_path.is_file():
         # only numbers of it are shown, so what is replaced in it is none of what is published
         run_settings = PrivacyFilter(metadata, hub_names).contents(read_json(synthetic_cfg_path), "")
-    saved = SavedSAE(
+    entry = CardEntry(
         sae_id,
-        folder,
         cfg,
-        runner_cfg,
         run_settings,
         recorded_widths(saved_cfg),
         _read_levels(folder / LEVELS_FILENAME),
-        privacy,
-        privacy.hub_model(metadata.get("model_name")),
-        privacy.hub_dataset(metadata.get("dataset_path")),
+        base_model=privacy.hub_model(metadata.get("model_name")),
+        dataset=privacy.hub_dataset(metadata.get("dataset_path")),
     )
-    _check_loads(saved)
-    return saved
+    _check_loads(folder, entry)
+    return SavedSAE(folder, entry, runner_cfg, privacy)
 
 
-def _check_loads(saved: SavedSAE) -> None:
+def _check_loads(folder: Path, entry: CardEntry) -> None:
     """Load an SAE and let it go again, so that nothing is published that others cannot load."""
-    sae = load_saved_sae(saved.folder)
+    sae = load_saved_sae(folder)
     check_finite(sae.named_parameters())
-    if saved.widths is None:
+    if entry.widths is None:
         return
     try:
         widths = MatryoshkaSAE.from_sae(sae).widths
     except (ValueError, TypeError) as error:
-        raise UserError(f"The levels of {saved.folder} cannot be read: {error}") from error
-    measured = [int(row["width"]) for row in saved.level_figures]
+        raise UserError(f"The levels of {folder} cannot be read: {error}") from error
+    measured = [int(row["width"]) for row in entry.level_figures]
     if measured and measured != widths:
         raise UserError(
-            f"{saved.folder / LEVELS_FILENAME} has figures for levels {measured}, but the SAE's are {widths}; "
+            f"{folder / LEVELS_FILENAME} has figures for levels {measured}, but the SAE's are {widths}; "
             f"remove the file."
         )
-    if measured and not are_of_saved_sae(saved.level_figures, saved.folder):
+    if measured and not are_of_saved_sae(entry.level_figures, folder):
         raise UserError(
-            f"{saved.folder / LEVELS_FILENAME} has figures that were measured on other weights than those beside it, "
+            f"{folder / LEVELS_FILENAME} has figures that were measured on other weights than those beside it, "
             f"or does not say on which; measure again with train --resume auto, or remove the file."
         )
 

@@ -42,7 +42,7 @@ def hub_errors(repo_id: str, afterwards: str = "", uploading: bool = False) -> I
     except UserError:
         raise
     except Exception as error:
-        reason = _explain(error, repo_id)
+        reason = next(filter(None, (_explain(cause, repo_id) for cause in causes(error))), None)
         if uploading and isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
             reason = f"The Hub did not take the upload: {one_line(error)}."
         elif uploading and reason is None and isinstance(error, RuntimeError):
@@ -53,16 +53,14 @@ def hub_errors(repo_id: str, afterwards: str = "", uploading: bool = False) -> I
         raise UserError(f"{reason} {afterwards}".strip()) from error
 
 
-def _explain(error: BaseException | None, repo_id: str) -> str | None:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came from: uploads in threads wrap what happened in a RuntimeError."""
     while error is not None:
-        reason = _explain_one(error, repo_id)
-        if reason is not None:
-            return reason
-        error = error.__cause__  # uploads in threads wrap what happened in a RuntimeError
-    return None
+        yield error
+        error = error.__cause__
 
 
-def _explain_one(error: BaseException, repo_id: str) -> str | None:
+def _explain(error: BaseException, repo_id: str) -> str | None:
     for kind, answer in _ANSWERS.items():
         if isinstance(error, kind):
             return answer.format(repo_id=repo_id, error=one_line(error))
