@@ -17,10 +17,6 @@ from torch import Tensor
 
 from sae_lens_matryoshka.errors import UserError
 
-PAPER_FRACTIONS = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
-"""The prefixes of the paper's Gemma-2-2B SAEs: 2048, 6144, 14336, 30720 and 65536 of 65536 latents."""
-
-
 SAVED_AS = {"jumprelu": "matryoshka", "topk": "matryoshka_topk", "standard": "matryoshka_standard"}
 """The SAELens architectures that trained Matryoshka SAEs are saved as, and ours that they are with their levels."""
 
@@ -28,12 +24,12 @@ SAVED_AS = {"jumprelu": "matryoshka", "topk": "matryoshka_topk", "standard": "ma
 def paper_widths(d_sae: int) -> list[int]:
     """The paper's five prefixes, 1/32, 3/32, 7/32, 15/32 and all of ``d_sae`` latents, rounded to whole latents.
 
-    Source: arXiv:2503.17547, section 4 (Gemma-2-2B).
+    Source: arXiv:2503.17547, section 4 (Gemma-2-2B, with 65536 latents).
 
     Raises:
         ValueError: If ``d_sae`` is too small for five different widths.
     """
-    widths = [round(d_sae * fraction) for fraction in PAPER_FRACTIONS]
+    widths = [round(d_sae * n / 32) for n in (1, 3, 7, 15, 32)]
     return _strictly_increasing(widths, f"d_sae={d_sae} is too small for the paper's five prefixes; use d_sae >= 32")
 
 
@@ -96,13 +92,10 @@ def validate_widths(widths: Sequence[int], d_sae: int, field: str = "matryoshka_
 
 
 def recorded_widths(cfg_dict: dict[str, Any]) -> list[int] | None:
-    """The level widths that an SAE's config records, or None.
+    """The level widths that an SAE's config, as ``cfg.to_dict()`` gives it, records, or None.
 
     They stand in our own configs, in the metadata of levels cut out of an SAE, and in SAELens's metadata of how the
     SAE was trained (``training_architecture_details``).
-
-    Args:
-        cfg_dict: An SAE's config as ``cfg.to_dict()`` gives it.
     """
     metadata = cfg_dict.get("metadata") or {}
     training_details = metadata.get("training_architecture_details") or {}
@@ -124,13 +117,13 @@ def level_widths(cfg_dict: dict[str, Any], widths: Sequence[int] | None = None) 
         ValueError: If there are none, or they do not fit the SAE.
     """
     recorded, d_sae = recorded_widths(cfg_dict), cfg_dict["d_sae"]
-    if widths is None and recorded is None:
-        raise ValueError(
-            f"This {cfg_dict.get('architecture')} SAE does not record its level widths. If it was trained as a "
-            f"Matryoshka SAE, pass them: widths=[..., {d_sae}]."
-        )
     if widths is None:
-        return validate_widths(recorded or [], d_sae)
+        if recorded is None:
+            raise ValueError(
+                f"This {cfg_dict.get('architecture')} SAE does not record its level widths. If it was trained as a "
+                f"Matryoshka SAE, pass them: widths=[..., {d_sae}]."
+            )
+        return validate_widths(recorded, d_sae)
     given = validate_widths(widths, d_sae, "widths")
     if recorded is not None and given != list(dict.fromkeys([*recorded, d_sae])):
         raise UserError(f"widths={list(widths)} contradict this SAE's own, {list(recorded)}; leave them out.")

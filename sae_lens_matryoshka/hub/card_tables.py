@@ -9,12 +9,7 @@ from sae_lens_matryoshka.untrusted.terminal import printable
 
 
 def levels_table(widths: Sequence[int], figures: Sequence[dict[str, str]]) -> str:
-    """Width of every level and, where they were measured, L0, FVU and dead latents.
-
-    Args:
-        widths: The number of latents of each level.
-        figures: The rows of ``levels.csv``, one a level, or none.
-    """
+    """Width of every level and, where ``figures`` has the rows of ``levels.csv``, L0, FVU and dead latents."""
     if not figures:
         return markdown_table(["level", "width"], [(str(level), str(width)) for level, width in enumerate(widths)])
     rows: list[tuple[str, ...]] = []
@@ -27,12 +22,7 @@ def levels_table(widths: Sequence[int], figures: Sequence[dict[str, str]]) -> st
 
 
 def settings_table(cfg: dict[str, Any], run_settings: dict[str, Any]) -> str:
-    """How an SAE was trained, as far as its config and its run's config tell.
-
-    Args:
-        cfg: The SAE's config as SAELens 6 writes it.
-        run_settings: The runner's config, or nothing.
-    """
+    """How an SAE was trained, as far as its config, as SAELens 6 writes it, and its run's config tell."""
     metadata = cfg.get("metadata") or {}
     details = metadata.get("training_architecture_details") or {}
     facts: dict[str, Any] = {
@@ -54,11 +44,7 @@ def settings_table(cfg: dict[str, Any], run_settings: dict[str, Any]) -> str:
 
 
 def results_table(rows: Sequence[dict[str, str]]) -> str:
-    """Benchmark results, a metric a row and a level a column.
-
-    Args:
-        rows: Rows with ``metric`` and ``value``, and where known ``evaluation``, ``level`` and ``width``.
-    """
+    """Benchmark results, a metric a row and a level a column, from rows as :class:`hub.results.Results` has them."""
     columns = sorted({_column(row) for row in rows})
     cells: dict[tuple[str, str], dict[tuple[int, str], str]] = {}
     for row in rows:
@@ -85,12 +71,9 @@ def literally(text: str) -> str:
         return text
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     edge = " " if text.startswith("`") or text.endswith("`") else ""
-    escaped = re.sub(r"(\\?)\|", _escaped_pipe, text)  # which tables need in code, too
+    # tables need pipes escaped in code, too; in them \\ is one escape, and would leave the pipe without
+    escaped = text.replace(r"\|", r"\ |").replace("|", r"\|")
     return f"{fence}{edge}{escaped}{edge}{fence}"
-
-
-def _escaped_pipe(match: re.Match[str]) -> str:
-    return r"\ \|" if match[1] else r"\|"  # in tables \\ is one escape, and would leave the pipe without
 
 
 _LONG_TABLE = 40

@@ -30,8 +30,10 @@ class CardEntry:
     sae_id: str
     cfg: dict[str, Any]
     run_settings: dict[str, Any] = field(default_factory=dict)
+    """The config of the run that trained it, if there is one."""
     widths: list[int] | None = None
     level_figures: list[dict[str, str]] = field(default_factory=list)
+    """The rows of ``levels.csv``, if there is one."""
     level_ids: list[str] = field(default_factory=list)
     """The ids of levels that are published as SAEs of their own."""
     results: list[dict[str, str]] = field(default_factory=list)

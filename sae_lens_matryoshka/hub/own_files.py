@@ -19,12 +19,7 @@ MAX_BYTES = 20_000_000
 
 
 def check_own_file(path: Path, folder: Path, max_bytes: int | None = MAX_BYTES) -> Path:
-    """Refuse a file that is somewhere else, or too large for what it should be.
-
-    Args:
-        path: The file, in ``folder`` or below it.
-        folder: The folder that the user named.
-        max_bytes: How large it may be; None means any size.
+    """Refuse a file that is somewhere else, or too large for what it should be (``max_bytes``, None for any size).
 
     Raises:
         UserError: If it is a link out of the folder, not a file, or too large.

@@ -20,10 +20,9 @@ from sae_lens_matryoshka.hub.model_card import check_license, render_card
 from sae_lens_matryoshka.hub.privacy import Replacement
 from sae_lens_matryoshka.hub.saved_saes import check_sae_id, find_saved_saes
 from sae_lens_matryoshka.hub.upload_plan import UploadPlan, keep_what_stays, plan_upload
-from sae_lens_matryoshka.saved.hub_errors import hub_errors
+from sae_lens_matryoshka.saved.hub_errors import causes, hub_errors
 
 CARD_FILENAME = "README.md"
-DEFAULT_TIMEOUT = 120.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,6 @@ class Push:
     """What a push writes, or would write."""
 
     repo_id: str
-    """The repository."""
 
     revision: str | None
     """The branch; None for the main one."""
@@ -52,7 +50,6 @@ class Push:
     """What is published otherwise than it stands on disk."""
 
     card: str
-    """The model card."""
 
     new_repository: bool
     """Whether the repository does not exist yet."""
@@ -96,7 +93,7 @@ def push_to_hub(
     dry_run: bool = False,
     token: str | None = None,
     show: Callable[[Push], None] | None = None,
-    timeout: float = DEFAULT_TIMEOUT,
+    timeout: float = 120.0,
 ) -> Push:
     """Publish a saved SAE, or a folder of them, with a model card, in one commit.
 
@@ -241,12 +238,10 @@ def _commit(api: HfApi, plan: UploadPlan, push: Push, repository: _Repository, p
 
 def _state_after(error: BaseException) -> str:
     """What a failed upload or commit has left behind, as far as that is known."""
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in causes(error):
         refused = isinstance(cause, HfHubHTTPError) and cause.response.status_code < 500
         if refused or isinstance(cause, RuntimeError):  # the latter is huggingface_hub's for uploads of large files
             return "Nothing was published; pushing again goes on from what was uploaded."
-        cause = cause.__cause__
     return "The commit is made whole or not at all; push again to be sure."
 
 

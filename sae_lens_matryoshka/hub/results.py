@@ -69,10 +69,6 @@ def check_measured_on(results: Results, folder: Path) -> None:
 
     Results that do not record their weights, such as a table of one's own, cannot be compared.
 
-    Args:
-        results: The results.
-        folder: The folder of the SAE.
-
     Raises:
         UserError: If there are such results.
     """

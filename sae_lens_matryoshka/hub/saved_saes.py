@@ -10,66 +10,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_lens import SAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.synthetic import RUNNER_CONFIG_FILENAME
 
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.hub.model_card import CardEntry
 from sae_lens_matryoshka.hub.own_files import MAX_BYTES, check_own_file
 from sae_lens_matryoshka.hub.privacy import PrivacyFilter
 from sae_lens_matryoshka.levels import recorded_widths
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
-from sae_lens_matryoshka.saved.checks import (
-    check_parameters,
-    check_saved_sae,
-    config_as_saelens_6,
-    loading_errors,
-    read_json,
-)
+from sae_lens_matryoshka.saved.checks import check_finite, check_saved_sae, config_as_saelens_6, read_json
 from sae_lens_matryoshka.saved.level_figures import LEVELS_FILENAME, are_of_saved_sae
+from sae_lens_matryoshka.saved.loaded import load_saved_sae
 from sae_lens_matryoshka.text.data_files import shown
 from sae_lens_matryoshka.untrusted.bounded import is_number, is_whole_number
 from sae_lens_matryoshka.untrusted.csv_tables import read_csv
+
+SAE_FILENAMES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME)
+"""The files of an SAE in a repository."""
 
 
 @dataclass(frozen=True)
 class SavedSAE:
     """An SAE on disk that can be published."""
 
-    sae_id: str
-    """Its folder in the repository."""
-
     folder: Path
     """Its folder on disk."""
 
-    cfg: dict[str, Any]
-    """Its config, free of local paths."""
+    entry: CardEntry
+    """What its files say for the model card, free of local paths."""
 
     runner_cfg: dict[str, Any] | None
     """The config of the run that trained it, free of local paths; None if there is none."""
 
-    run_settings: dict[str, Any]
-    """The same for the model card, which also reads the config of a run on synthetic data."""
-
-    widths: list[int] | None
-    """The number of latents of each level; None for an SAE without levels."""
-
-    level_figures: list[dict[str, str]]
-    """The rows of ``levels.csv``; empty if there is none."""
-
     privacy: PrivacyFilter
     """What everything that is published of it passes through."""
-
-    base_model: str | None = None
-    """The model's repository on the Hub, if it is known to have one."""
-
-    dataset: str | None = None
-    """The data set's repository on the Hub, if it is known to have one."""
-
-    def load(self) -> SAE[Any]:
-        """Load it in full, as SAELens does."""
-        with loading_errors(str(self.folder)):
-            return SAE.load_from_disk(self.folder)
 
 
 def find_saved_saes(path: str | Path, sae_id: str | None = None, hub_names: Collection[str] = ()) -> list[SavedSAE]:
@@ -89,17 +64,21 @@ def find_saved_saes(path: str | Path, sae_id: str | None = None, hub_names: Coll
     if not path.is_dir():
         raise UserError(f"There is no folder {path}.")
     if (path / SAE_CFG_FILENAME).is_file():
-        return _with_hub_names([_read(path, path, sae_id, hub_names)], hub_names)
-    folders = sorted(cfg.parent for cfg in path.rglob(SAE_CFG_FILENAME))
-    if not folders:
-        raise UserError(f"{path} is not a saved SAE (no {SAE_CFG_FILENAME}), nor does it hold any.")
-    if sae_id is not None:
-        raise UserError(
-            f"{path} holds {len(folders)} SAEs, which are called by their folders; push one of those folders to give "
-            f"it the id {sae_id!r}."
-        )
-    saes = [_read(folder, path, folder.relative_to(path).as_posix(), hub_names) for folder in folders]
-    return _with_hub_names(saes, hub_names)
+        saes = [_read(path, path, sae_id, hub_names)]
+    else:
+        folders = sorted(cfg.parent for cfg in path.rglob(SAE_CFG_FILENAME))
+        if not folders:
+            raise UserError(f"{path} is not a saved SAE (no {SAE_CFG_FILENAME}), nor does it hold any.")
+        if sae_id is not None:
+            raise UserError(
+                f"{path} holds {len(folders)} SAEs, which are called by their folders; push one of those folders to "
+                f"give it the id {sae_id!r}."
+            )
+        saes = [_read(folder, path, folder.relative_to(path).as_posix(), hub_names) for folder in folders]
+    for name in hub_names:
+        if not any(name in saved.privacy.seen for saved in saes):
+            raise UserError(f"No config to be published names {name!r}, which is said to be on the Hub.")
+    return saes
 
 
 def check_sae_id(sae_id: str) -> str:
@@ -118,21 +97,16 @@ def check_sae_id(sae_id: str) -> str:
     return sae_id
 
 
-def _with_hub_names(saes: list[SavedSAE], hub_names: Collection[str]) -> list[SavedSAE]:
-    """The SAEs, unless the user says of a name that none of them has that it is on the Hub."""
-    for name in hub_names:
-        if not any(name in saved.privacy.seen for saved in saes):
-            raise UserError(f"No config to be published names {name!r}, which is said to be on the Hub.")
-    return saes
-
-
 def _read(folder: Path, root: Path, sae_id: str | None, hub_names: Collection[str]) -> SavedSAE:
     """Read and check one SAE; ``root`` is the folder that the user named, which may hold the run's config."""
     if sae_id is not None:
         check_sae_id(sae_id)
-    runner_cfg_path = _first_file(folder / RUNNER_CFG_FILENAME, root / RUNNER_CFG_FILENAME)
+    runner_cfg_path = next(
+        (file for file in (folder / RUNNER_CFG_FILENAME, root / RUNNER_CFG_FILENAME) if file.is_file()), None
+    )
     synthetic_cfg_path = folder / RUNNER_CONFIG_FILENAME
-    for path in (runner_cfg_path, *(folder / name for name in _OWN_FILES)):
+    own_files = [folder / name for name in (*SAE_FILENAMES, LEVELS_FILENAME, RUNNER_CONFIG_FILENAME)]
+    for path in (runner_cfg_path, *own_files):
         if path is not None and (path.exists() or path.is_symlink()):
             check_own_file(path, root, None if path.suffix == ".safetensors" else MAX_BYTES)
     saved_cfg = check_saved_sae(folder)
@@ -144,55 +118,42 @@ def _read(folder: Path, root: Path, sae_id: str | None, hub_names: Collection[st
     runner_cfg = None
     if runner_cfg_path is not None:
         runner_cfg = privacy.contents(read_json(runner_cfg_path), f"{RUNNER_CFG_FILENAME}: ")
-    run_settings = runner_cfg or {}
+    run_settings = runner_cfg or {}  # for the card, which also reads the config of a run on synthetic data
     if runner_cfg is None and synthetic_cfg_path.is_file():
         # only numbers of it are shown, so what is replaced in it is none of what is published
         run_settings = PrivacyFilter(metadata, hub_names).contents(read_json(synthetic_cfg_path), "")
-    saved = SavedSAE(
+    entry = CardEntry(
         sae_id,
-        folder,
         cfg,
-        runner_cfg,
         run_settings,
         recorded_widths(saved_cfg),
         _read_levels(folder / LEVELS_FILENAME),
-        privacy,
-        privacy.hub_model(metadata.get("model_name")),
-        privacy.hub_dataset(metadata.get("dataset_path")),
+        base_model=privacy.hub_model(metadata.get("model_name")),
+        dataset=privacy.hub_dataset(metadata.get("dataset_path")),
     )
-    _check_loads(saved)
-    return saved
+    _check_loads(folder, entry)
+    return SavedSAE(folder, entry, runner_cfg, privacy)
 
 
-_OWN_FILES = (
-    SAE_CFG_FILENAME,
-    SAE_WEIGHTS_FILENAME,
-    SPARSITY_FILENAME,
-    LEVELS_FILENAME,
-    RUNNER_CFG_FILENAME,
-    RUNNER_CONFIG_FILENAME,
-)
-
-
-def _check_loads(saved: SavedSAE) -> None:
+def _check_loads(folder: Path, entry: CardEntry) -> None:
     """Load an SAE and let it go again, so that nothing is published that others cannot load."""
-    sae = saved.load()
-    check_parameters(sae)
-    if saved.widths is None:
+    sae = load_saved_sae(folder)
+    check_finite(sae.named_parameters())
+    if entry.widths is None:
         return
     try:
         widths = MatryoshkaSAE.from_sae(sae).widths
     except (ValueError, TypeError) as error:
-        raise UserError(f"The levels of {saved.folder} cannot be read: {error}") from error
-    measured = [int(row["width"]) for row in saved.level_figures]
+        raise UserError(f"The levels of {folder} cannot be read: {error}") from error
+    measured = [int(row["width"]) for row in entry.level_figures]
     if measured and measured != widths:
         raise UserError(
-            f"{saved.folder / LEVELS_FILENAME} has figures for levels {measured}, but the SAE's are {widths}; "
+            f"{folder / LEVELS_FILENAME} has figures for levels {measured}, but the SAE's are {widths}; "
             f"remove the file."
         )
-    if measured and not are_of_saved_sae(saved.level_figures, saved.folder):
+    if measured and not are_of_saved_sae(entry.level_figures, folder):
         raise UserError(
-            f"{saved.folder / LEVELS_FILENAME} has figures that were measured on other weights than those beside it, "
+            f"{folder / LEVELS_FILENAME} has figures that were measured on other weights than those beside it, "
             f"or does not say on which; measure again with train --resume auto, or remove the file."
         )
 
@@ -211,7 +172,3 @@ def _read_levels(path: Path) -> list[dict[str, str]]:
 
 
 _LEVEL_COLUMNS = {"width": is_whole_number, "dead": is_whole_number, "l0": is_number, "fvu": is_number}
-
-
-def _first_file(*paths: Path) -> Path | None:
-    return next((path for path in paths if path.is_file()), None)

@@ -22,10 +22,8 @@ from sae_lens_matryoshka.hub.model_card import CardEntry, listed_figures
 from sae_lens_matryoshka.hub.own_files import read_png, read_sparsity, weights_alone
 from sae_lens_matryoshka.hub.privacy import Replacement
 from sae_lens_matryoshka.hub.results import RESULTS_FILENAME, check_measured_on, read_results
-from sae_lens_matryoshka.hub.saved_saes import SavedSAE
+from sae_lens_matryoshka.hub.saved_saes import SAE_FILENAMES, SavedSAE
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
-
-SAE_FILENAMES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME)
 
 
 @dataclass
@@ -75,21 +73,8 @@ def plan_upload(
         cfg = _plan_sae(plan, saved, scratch)
         level_ids = _plan_levels(plan, saved, scratch) if levels else []
         rows, figures = _plan_results(plan, saved, results, len(saes) == 1)
-        plan.entries.append(
-            CardEntry(
-                saved.sae_id,
-                cfg,
-                saved.run_settings,
-                saved.widths,
-                saved.level_figures,
-                level_ids,
-                rows,
-                figures,
-                saved.base_model,
-                saved.dataset,
-                keeps_results=results is None,
-            )
-        )
+        added = {"cfg": cfg, "level_ids": level_ids, "results": rows, "figures": figures}
+        plan.entries.append(replace(saved.entry, **added, keeps_results=results is None))
         # what is cut out or converted holds the same metadata again
         plan.replacements += dict.fromkeys(saved.privacy.replacements)
     return plan
@@ -143,36 +128,37 @@ def _sha256(content: Path | bytes) -> str:
 
 def _plan_sae(plan: UploadPlan, saved: SavedSAE, scratch: Path) -> dict[str, Any]:
     """Add the SAE itself, and return its config as it is published."""
-    sae_class = SAE_CLASS_REGISTRY[saved.cfg.get("architecture", "standard")][0]
+    cfg, sae_id = saved.entry.cfg, saved.entry.sae_id
+    sae_class = SAE_CLASS_REGISTRY[cfg.get("architecture", "standard")][0]
     if sae_class.__module__.startswith("sae_lens."):
-        cfg, weights = saved.cfg, weights_alone(saved.folder / SAE_WEIGHTS_FILENAME, scratch / saved.sae_id)
+        weights = weights_alone(saved.folder / SAE_WEIGHTS_FILENAME, scratch / sae_id)
     else:  # SAELens alone does not know our architecture, but the full level is an SAE that it knows
         sae = MatryoshkaSAE.load_from_disk(saved.folder).at_level(-1)
         delattr(sae.cfg.metadata, "matryoshka_cut_from")
-        weights, cfg = _save(sae, saved, scratch / saved.sae_id)
-    plan.files[f"{saved.sae_id}/{SAE_CFG_FILENAME}"] = _json(cfg)
-    plan.files[f"{saved.sae_id}/{SAE_WEIGHTS_FILENAME}"] = weights
+        weights, cfg = _save(sae, saved, scratch / sae_id)
+    plan.files[f"{sae_id}/{SAE_CFG_FILENAME}"] = _json(cfg)
+    plan.files[f"{sae_id}/{SAE_WEIGHTS_FILENAME}"] = weights
     if (saved.folder / SPARSITY_FILENAME).is_file():
-        sparsity = read_sparsity(saved.folder / SPARSITY_FILENAME, saved.cfg["d_sae"])
-        plan.files[f"{saved.sae_id}/{SPARSITY_FILENAME}"] = sparsity
+        sparsity = read_sparsity(saved.folder / SPARSITY_FILENAME, cfg["d_sae"])
+        plan.files[f"{sae_id}/{SPARSITY_FILENAME}"] = sparsity
     if saved.runner_cfg is not None:
-        plan.files[f"{saved.sae_id}/{RUNNER_CFG_FILENAME}"] = _json(saved.runner_cfg)
+        plan.files[f"{sae_id}/{RUNNER_CFG_FILENAME}"] = _json(saved.runner_cfg)
     return cfg
 
 
 def _plan_levels(plan: UploadPlan, saved: SavedSAE, scratch: Path) -> list[str]:
     """Cut out all levels but the last, and return the ids of all."""
-    if saved.widths is None:
+    if saved.entry.widths is None:
         raise UserError(f"{saved.folder} does not record levels, so they cannot be published as SAEs of their own.")
     sae = MatryoshkaSAE.load_from_disk(saved.folder)
-    ids = _level_ids(saved.sae_id, saved.widths)
+    ids = _level_ids(saved.entry.sae_id, saved.entry.widths)
     for level, level_id in enumerate(ids):
         weights, cfg = _save(sae.at_level(level), saved, scratch / level_id)
         files: dict[str, Path | bytes] = {SAE_CFG_FILENAME: _json(cfg), SAE_WEIGHTS_FILENAME: weights}
         for name, content in files.items():
             plan.files[f"{level_id}/{name}"] = content
             plan.levels_size += plan.size(f"{level_id}/{name}")
-    return [*ids, saved.sae_id]
+    return [*ids, saved.entry.sae_id]
 
 
 def _save(sae: SAE[Any], saved: SavedSAE, folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -188,12 +174,12 @@ def _plan_results(
     """Add the figures, and return the rows for the card and the figures' paths in the repository."""
     if results is None:
         return [], []
-    found = read_results(results, (saved.sae_id, saved.folder.resolve().name), only_sae)
+    found = read_results(results, (saved.entry.sae_id, saved.folder.resolve().name), only_sae)
     check_measured_on(found, saved.folder)
     paths: list[str] = []
     for figure in found.figures:
         name = saved.privacy.contents(figure.stem, "figures: ") or "figure"
-        path = f"{saved.sae_id}/figures/{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}.png"
+        path = f"{saved.entry.sae_id}/figures/{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}.png"
         if path in plan.files:
             raise UserError(f"{figure} would be published as {path}, as another figure there; rename one of them.")
         plan.files[path] = read_png(figure)

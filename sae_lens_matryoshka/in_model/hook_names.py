@@ -24,8 +24,7 @@ _RESIDUAL_STREAM = {"hook_in": "hook_resid_pre", "hook_out": "hook_resid_post"}
 def block_output(name: str) -> str | None:
     """TransformerLens's name of what a block of a language model gives, or None if ``name`` is not that of a block.
 
-    Args:
-        name: A Hugging Face module, such as ``model.layers.2``, ``transformer.h.2`` or ``gpt_neox.layers.2``.
+    Blocks are Hugging Face modules such as ``model.layers.2``, ``transformer.h.2`` or ``gpt_neox.layers.2``.
     """
     block = _BLOCK.fullmatch(name)
     return f"blocks.{block[1]}.hook_resid_post" if block else None

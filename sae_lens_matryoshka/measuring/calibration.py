@@ -65,6 +65,7 @@ def calibrate_threshold(
             f"A {type(sae).__name__} has no threshold to calibrate; pass a JumpReLU SAE or a BatchTopK training SAE."
         )
     target_l0 = _target_l0(sae, target_l0)
+    threshold = sae.topk_threshold if isinstance(sae, BatchTopKTrainingSAE) else sae.threshold.data
     if n_samples < 1:
         raise ValueError(f"n_samples={n_samples} must be positive.")
     # one more than may fire: the threshold lies above the largest value that must not
@@ -73,11 +74,11 @@ def calibrate_threshold(
     with tqdm(total=n_samples, desc="Calibrating threshold", leave=False) as progress:
         for batch in activations:
             x = sae.process_sae_in(batch.to(sae.device)).reshape(-1, sae.cfg.d_in)[: n_samples - n_seen]
-            for hidden_pre, threshold in _compared(sae, x):
+            for hidden_pre, compared in _compared(sae, x, threshold.float().expand(sae.cfg.d_sae)):
                 if not torch.stack(hidden_pre.aminmax()).isfinite().all():
                     raise ValueError(f"The activations after sample {n_seen} give pre-activations that are not finite.")
-                n_fired += int((hidden_pre > threshold.clamp(min=0)).sum())
-                largest.add(_margins_above(largest.smallest_kept, hidden_pre, threshold))
+                n_fired += int((hidden_pre > compared.clamp(min=0)).sum())
+                largest.add(_margins_above(largest.smallest_kept, hidden_pre, compared))
             n_seen += x.shape[0]
             progress.update(x.shape[0])
             if n_seen >= n_samples:
@@ -92,13 +93,9 @@ def calibrate_threshold(
         shift = values[n_to_fire - 1 : n_to_fire + 1].double().mean().item()
         n_firing = int((values > shift).sum())
     else:  # even with every positive pre-activation firing there are too few
-        threshold = sae.topk_threshold if isinstance(sae, BatchTopKTrainingSAE) else sae.threshold
         shift = -threshold[threshold.isfinite()].max().item()  # infinite ones belong to latents that never fire
         n_firing = len(values)
-    if isinstance(sae, BatchTopKTrainingSAE):
-        sae.topk_threshold += shift
-    else:
-        sae.threshold.data += shift
+    threshold += shift
     return ThresholdCalibration(shift, n_fired / n_seen, n_firing / n_seen, n_seen)
 
 
@@ -123,14 +120,12 @@ class _LargestValues:
 
 
 def _compared(
-    sae: BatchTopKTrainingSAE | JumpReLUSAE, x: Float[Tensor, "batch d_in"]
+    sae: BatchTopKTrainingSAE | JumpReLUSAE, x: Float[Tensor, "batch d_in"], threshold: Float[Tensor, " d_sae"]
 ) -> Iterator[tuple[Float[Tensor, "batch chunk"], Float[Tensor, " chunk"]]]:
     """What is compared with what for a latent to fire, a chunk of columns at a time.
 
     All columns at once would take some 25 bytes a latent a sample: more than training does.
     """
-    threshold = sae.topk_threshold if isinstance(sae, BatchTopKTrainingSAE) else sae.threshold
-    threshold = threshold.float().expand(sae.cfg.d_sae)
     rescale = isinstance(sae, BatchTopKTrainingSAE) and sae.cfg.rescale_acts_by_decoder_norm
     scale = sae.W_dec.norm(dim=-1) if rescale else None
     for columns, product in column_products(x, sae.W_enc):

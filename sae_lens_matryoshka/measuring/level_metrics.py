@@ -18,15 +18,6 @@ FEWEST_SAMPLES = 64
 """Samples encoded together however wide the SAE is: with fewer, reading its weights would take most of the time."""
 
 
-def samples_a_block(d_sae: int) -> int:
-    """How many samples to encode at a time, so that measuring an SAE takes less memory than training it.
-
-    Args:
-        d_sae: The number of latents.
-    """
-    return max(FEWEST_SAMPLES, MOST_ACTIVATIONS // d_sae)
-
-
 @torch.no_grad()
 def measure_levels(
     sae: MatryoshkaSAE, activations: Iterable[Float[Tensor, "batch d_in"]], n_samples: int = 100_000
@@ -51,10 +42,12 @@ def measure_levels(
     explained_variance = [ExplainedVarianceCalculator() for _ in sae.widths]
     n_firings = torch.zeros(sae.n_levels, sae.cfg.d_sae, dtype=torch.long, device=sae.device)
     n_seen = 0
+    # so that measuring an SAE takes less memory than training it
+    block_size = max(FEWEST_SAMPLES, MOST_ACTIVATIONS // sae.cfg.d_sae)
     with tqdm(total=n_samples, desc="Measuring levels", leave=False) as progress:
         for batch in activations:
             batch = batch[: n_samples - n_seen].to(sae.device)
-            for x in batch.split(samples_a_block(sae.cfg.d_sae)):
+            for x in batch.split(block_size):
                 level_acts = sae.encode_levels(x)
                 for level, acts in enumerate(level_acts):
                     n_firings[level][: acts.shape[-1]] += (acts != 0).reshape(-1, acts.shape[-1]).sum(0)

@@ -20,12 +20,13 @@ def auxiliary_loss(
     b_dec: Float[Tensor, " d_in"] | None,
     residual: Float[Tensor, "batch d_in"],
     dead: Int[Tensor, " n_dead"],
-    column_scale: Float[Tensor, " d_sae"] | None = None,
-    row_scale: Float[Tensor, "batch 1"] | None = None,
+    column_scale: Float[Tensor, " d_sae"] | None,
+    row_scale: Float[Tensor, "batch 1"] | None,
 ) -> Float[Tensor, ""]:
     """Mean squared error of the dead latents' reconstruction of ``residual``, scaled down where few are dead.
 
-    Equals SAELens's ``calculate_topk_aux_loss`` before its coefficient.
+    Equals SAELens's ``calculate_topk_aux_loss`` before its coefficient. The sum of those of all levels, each of its own
+    dead latents and its residual, equals ``calculate_matryoshka_aux_loss``.
 
     Args:
         x: The input of the encoder, ``b_dec`` already subtracted; gets no gradient itself.
@@ -52,35 +53,3 @@ def auxiliary_loss(
     if row_scale is not None:
         error = error * row_scale
     return min(n_dead / k_aux, 1.0) * error.pow(2).sum(-1).mean()
-
-
-def matryoshka_auxiliary_loss(
-    x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    W_dec: Float[Tensor, "d_sae d_in"],
-    b_dec: Float[Tensor, " d_in"] | None,
-    level_residuals: Float[Tensor, "n_levels batch d_in"],
-    level_dead: list[Int[Tensor, " n_dead"]],
-    column_scale: Float[Tensor, " d_sae"] | None = None,
-    row_scale: Float[Tensor, "batch 1"] | None = None,
-) -> Float[Tensor, ""]:
-    """The sum over levels of the loss that makes a level's own dead latents reconstruct that level's residual.
-
-    Equals SAELens's ``calculate_matryoshka_aux_loss`` before its coefficient.
-
-    Args:
-        x: The input of the encoder, ``b_dec`` already subtracted; gets no gradient itself.
-        W_enc: Encoder weights.
-        b_enc: Encoder bias.
-        W_dec: Decoder weights.
-        b_dec: The decoder bias if it was subtracted from the input, else None.
-        level_residuals: What each level leaves over, target minus reconstruction.
-        level_dead: The dead latents among each level's own.
-        column_scale: What pre-activations are multiplied by to choose among the dead; None for 1.
-        row_scale: What the errors of each sample are multiplied by before squaring; None for 1.
-    """
-    total = x.new_zeros(())
-    for residual, dead in zip(level_residuals, level_dead, strict=True):
-        total = total + auxiliary_loss(x, W_enc, b_enc, W_dec, b_dec, residual, dead, column_scale, row_scale)
-    return total

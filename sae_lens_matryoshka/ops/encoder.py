@@ -43,14 +43,9 @@ def hidden_pre_of(
     b_dec: Float[Tensor, " d_in"] | None,
     latent_ids: Int[Tensor, " n"] | None = None,
 ) -> Float[Tensor, "batch n"]:
-    """The pre-activations of some latents, or of all, as a dense matrix: ``x @ W_enc + b_enc``.
+    """The pre-activations of some latents (None: of all) as a dense matrix: ``x @ W_enc + b_enc``.
 
-    Args:
-        x: The input of the encoder, ``b_dec`` already subtracted.
-        W_enc: Encoder weights.
-        b_enc: Encoder bias.
-        b_dec: The decoder bias if it was subtracted from the input, else None.
-        latent_ids: Which latents; None for all.
+    ``b_dec`` has already been subtracted from ``x``, or is None.
     """
     if latent_ids is not None:
         # rows of the transposed encoder are contiguous where training keeps it column by column

@@ -5,6 +5,7 @@ need, by level and sample, and by latent. :class:`DenseLatents` is for activatio
 that to pay: the whole matrix, cut into levels.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -43,23 +44,14 @@ class ActiveLatents:
     """Where each latent's entries start in that order."""
 
     hidden_pre: Float[Tensor, " n"]
-    """The pre-activations."""
-
     scores: Float[Tensor, " n"]
     """The scores that were compared in the selection."""
 
     batch: int
-    """Number of samples."""
-
     widths: tuple[int, ...]
-    """The level widths."""
 
     def to_sparse(self, values: Float[Tensor, " n"]) -> Float[Tensor, "batch d_sae"]:
-        """One value for each entry as a coalesced sparse COO tensor.
-
-        Args:
-            values: The values, in the order of the entries.
-        """
+        """One value for each entry, in their order, as a coalesced sparse COO tensor."""
         d_sae = self.widths[-1]
         flat, order = (self.rows * d_sae + self.columns).sort()
         indices = torch.stack([flat // d_sae, flat % d_sae])
@@ -68,11 +60,7 @@ class ActiveLatents:
         )
 
     def row_sums(self, values: Float[Tensor, " n"]) -> Float[Tensor, " batch"]:
-        """The sum of each sample's values.
-
-        Args:
-            values: One value for each entry.
-        """
+        """The sum of each sample's values, one for each entry."""
         return values.new_zeros(self.batch).index_add(0, self.rows, values)
 
     def level_sums(
@@ -92,8 +80,7 @@ class ActiveLatents:
         self, level_grads: Float[Tensor, "n_levels batch d_in"], coefficients: Float[Tensor, " n"]
     ) -> Float[Tensor, "d_sae d_in"]:
         """The gradient of the decoder from that of :meth:`level_sums`."""
-        order = self.by_column
-        rows = level_grads.view(-1, level_grads.shape[-1])
+        order, rows = self.by_column, level_grads.view(-1, level_grads.shape[-1])
         return weighted_row_sums(rows, self.level_rows[order], coefficients[order], self.column_starts)
 
 
@@ -102,10 +89,7 @@ class DenseLatents:
     """The whole matrix of latent activations, cut into levels: L matrix products in place of one, of the same cost."""
 
     batch: int
-    """Number of samples."""
-
     widths: tuple[int, ...]
-    """The level widths."""
 
     level_columns: "tuple[slice | Int[Tensor, ' n'], ...]"
     """Each level's own latents."""
@@ -170,16 +154,9 @@ def lay_out(
 
 
 def lay_out_dense(batch: int, widths: list[int], order: Int[Tensor, " d_sae"] | None = None) -> DenseLatents:
-    """Cut the whole matrix into levels.
-
-    Args:
-        batch: Number of samples.
-        widths: The level widths, smallest first.
-        order: The latent at each place of the dictionary; None if latents are in their places.
-    """
-    bounds = list(zip([0, *widths[:-1]], widths, strict=True))
-    columns = tuple(slice(start, stop) if order is None else order[start:stop] for start, stop in bounds)
-    return DenseLatents(batch, tuple(widths), columns)
+    """Cut the whole matrix into levels; ``order`` is the latent at each place, None if latents are in their places."""
+    own = [slice(start, stop) for start, stop in itertools.pairwise([0, *widths])]
+    return DenseLatents(batch, tuple(widths), tuple(own if order is None else (order[places] for places in own)))
 
 
 def _starts(groups: Int[Tensor, " n"], n_groups: int) -> Int[Tensor, " n_groups_plus_1"]:

@@ -11,7 +11,6 @@ The variants of the loss (:class:`NestedObjective`) change g_l or leave out the 
 """
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -107,18 +106,10 @@ def nested_errors(
     row_scale: Float[Tensor, "batch 1"] | None = None,
     keep_level_residuals: bool = False,
 ) -> NestedErrors:
-    """The same as :func:`nested_errors_reference`, all levels for the price of one.
+    """The same as :func:`nested_errors_reference`, all levels for the price of one; ``target`` gets no gradient.
 
-    Args:
-        coefficients: What the decoder rows are multiplied by: a value for each entry of :class:`ActiveLatents`, or the
-            whole matrix for :class:`DenseLatents`.
-        W_dec: Decoder weights.
-        b_dec: Decoder bias.
-        target: What to reconstruct; gets no gradient.
-        latents: Where the coefficients belong.
-        objective: Which loss to make of the residuals.
-        row_scale: What the residuals of each sample are multiplied by first; None for 1.
-        keep_level_residuals: Whether to return every level's residual, which costs an array of that size.
+    ``coefficients`` are a value for each entry of :class:`ActiveLatents`, or the whole matrix for
+    :class:`DenseLatents`. ``keep_level_residuals`` returns every level's residual, which costs an array of that size.
     """
     outputs = _NestedErrors.apply(
         coefficients, W_dec, b_dec, target, latents, objective, row_scale, keep_level_residuals
@@ -148,7 +139,10 @@ class _NestedErrors(torch.autograd.Function):
         squared_errors, norms = levels.new_zeros(n_levels), levels.new_zeros(n_levels)
         residual = torch.empty_like(target)
         level_residuals = torch.empty_like(levels) if keep_level_residuals else None
-        for rows in _row_blocks(latents.batch, d_in if target.device.type == "cpu" else 0):
+        # blocks of samples small enough that one level is still in the cache when the next one is added to it
+        size = max(1, BLOCK_ELEMENTS // d_in if target.device.type == "cpu" else latents.batch)
+        for start in range(0, latents.batch, size):
+            rows = slice(start, start + size)
             blocks = [level[rows] for level in levels]
             for narrower, block in itertools.pairwise(blocks):
                 block += narrower
@@ -178,7 +172,8 @@ class _NestedErrors(torch.autograd.Function):
         loss = (errors * errors.new_tensor(weights)).sum()
         ctx.save_for_backward(coefficients, W_dec, levels)
         ctx.latents = latents
-        ctx.autocast = torch.get_autocast_dtype(target.device.type) if _is_autocast(target) else None
+        device_type = target.device.type
+        ctx.autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
         ctx.mark_non_differentiable(squared_errors, residual, *([] if level_residuals is None else [level_residuals]))
         return loss, squared_errors, residual, level_residuals
 
@@ -192,14 +187,3 @@ class _NestedErrors(torch.autograd.Function):
             coefficients_grad = latents.coefficients_grad(level_grads, W_dec) * loss_grad
             W_dec_grad = latents.W_dec_grad(level_grads, coefficients) * loss_grad
         return coefficients_grad, W_dec_grad, level_grads[0].sum(0) * loss_grad, *[None] * 5
-
-
-def _is_autocast(tensor: Tensor) -> bool:
-    return torch.is_autocast_enabled(tensor.device.type)
-
-
-def _row_blocks(batch: int, d_in: int) -> Iterator[slice]:
-    """Blocks of samples small enough that one level is still in the cache when the next one is added to it."""
-    size = max(1, BLOCK_ELEMENTS // d_in) if d_in > 0 else max(1, batch)
-    for start in range(0, batch, size):
-        yield slice(start, min(start + size, batch))

@@ -75,16 +75,9 @@ def select_batch_topk(
 ) -> Selection:
     """The ``n`` largest positive scores of a batch; the same as :func:`select_batch_topk_reference`, ties aside.
 
-    Under autocast the product is computed in the autocast data type, as SAELens's is.
-
-    Args:
-        x: The input of the encoder.
-        W_enc: Encoder weights, fastest if their columns are contiguous.
-        b_enc: Encoder bias.
-        column_scale: What pre-activations are multiplied by for the comparison; None for 1.
-        n: How many to select; fewer are if fewer scores are positive.
-        guess: The smallest score expected to be selected, for example that of the last step. It affects the speed
-            only.
+    Under autocast the product is computed in the autocast data type, as SAELens's is. Contiguous columns of ``W_enc``
+    are fastest. ``guess`` is the smallest score expected to be selected, for example that of the last step; it affects
+    the speed only.
     """
     floor = max(guess * GUESS_MARGIN, 0.0)
     candidates = _candidates_above(floor, x, W_enc, b_enc, column_scale, n)
@@ -129,15 +122,8 @@ def select_topk(
     """The ``k`` largest positive scores of each sample; the same as :func:`select_topk_reference`, ties aside.
 
     One comparison pass finds the candidates of all samples above ``guess``; samples left with fewer than ``k`` of them
-    are sorted by themselves.
-
-    Args:
-        x: The input of the encoder.
-        W_enc: Encoder weights, fastest if their columns are contiguous.
-        b_enc: Encoder bias.
-        column_scale: What pre-activations are multiplied by for the comparison; None for 1.
-        k: How many to select a sample; fewer are if fewer scores are positive.
-        guess: A score that most samples' k-th largest is expected to lie above. It affects the speed only.
+    are sorted by themselves. Most samples' k-th largest score is expected to lie above ``guess``, which affects the
+    speed only.
     """
     batch = x.shape[0]
     if guess <= 0:  # nearly every positive score would be a candidate
@@ -193,10 +179,9 @@ def select_above(
         n_found += above.numel()
         if n_found > most:
             return None
+        rows, offsets = above // product.shape[1], above % product.shape[1]
         values = hidden_pre.flatten()[above]
-        found.append(
-            Selection(above // product.shape[1], above % product.shape[1] + columns.start, values, values.clone())
-        )
+        found.append(Selection(rows, offsets + columns.start, values, values.clone()))
     return _concatenated(found)
 
 
@@ -205,14 +190,8 @@ def column_products(
 ) -> Iterator[tuple[slice, Tensor]]:
     """``x @ W_enc`` column chunk by column chunk, in the autocast data type where autocast is on.
 
-    Every product is written over the one before.
-
-    Args:
-        x: The input of the encoder.
-        W_enc: Encoder weights.
-
     Yields:
-        Which columns, and their product.
+        Which columns, and their product, which is written over the one before.
     """
     batch, d_sae = x.shape[0], W_enc.shape[1]
     device_type = x.device.type

@@ -11,7 +11,7 @@ from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.levels import recorded_widths
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
-from sae_lens_matryoshka.saved.checks import check_parameters
+from sae_lens_matryoshka.saved.checks import check_finite
 from sae_lens_matryoshka.saved.dictionary_learning import WEIGHTS_FILENAME, dictionary_learning_disk_loader
 from sae_lens_matryoshka.saved.loaded import load_published_sae, load_saved_sae
 from sae_lens_matryoshka.saved.published import published_folder_loader, published_sae_loader
@@ -68,7 +68,7 @@ def load_any(
     sae = _load(source, sae_id, device, dtype)
     if widths is not None or recorded_widths(sae.cfg.to_dict()) is not None:
         return MatryoshkaSAE.from_sae(sae, widths)
-    check_parameters(sae)
+    check_finite(sae.named_parameters())
     return sae
 
 

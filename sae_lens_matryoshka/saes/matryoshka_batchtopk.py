@@ -22,7 +22,6 @@ class MatryoshkaTrainingSAEConfig(TopKFamilyTrainingSAEConfig, MatryoshkaBatchTo
     architecture name, and those of :class:`NestedTrainingSAEConfig`.
 
     Args:
-        matryoshka_widths (list[int]): The number of latents of each level, smallest level first.
         k (float): The mean number of latents to keep active a sample. Inherited from BatchTopKTrainingSAEConfig.
         topk_threshold_lr (float): Learning rate of the running inference threshold. Inherited from
             BatchTopKTrainingSAEConfig.
@@ -32,11 +31,6 @@ class MatryoshkaTrainingSAEConfig(TopKFamilyTrainingSAEConfig, MatryoshkaBatchTo
             TopKTrainingSAEConfig.
         rescale_acts_by_decoder_norm (bool): Select latents as if the decoder were normalized. Inherited from
             TopKTrainingSAEConfig.
-        decoder_init_norm (float | None): Norm to initialize decoder rows to. Inherited from TrainingSAEConfig.
-        d_in (int): Width of the activations. Inherited from SAEConfig.
-        d_sae (int): Number of latents. Inherited from SAEConfig.
-        dtype (str): Data type of the parameters. Inherited from SAEConfig.
-        device (str): Device of the parameters. Inherited from SAEConfig.
     """
 
     @override
@@ -98,20 +92,14 @@ class MatryoshkaTrainingSAE(TopKFamilyTrainingSAE, MatryoshkaBatchTopKTrainingSA
             return
         self.topk_threshold_updates = self.topk_threshold_updates + 1
         lr = self.cfg.topk_threshold_lr
+        # at least the spacing of numbers in the data type that it is saved in; in float32 a little more, since the
+        # encoder product of a saved SAE need not round as that of the training step
+        spacing = torch.finfo(self.dtype).eps
+        margin = max(spacing, min(4 * spacing, 1e-6))
         unbiased_lr = lr / (1 - (1 - lr) ** self.topk_threshold_updates.to(self.topk_threshold.dtype))
         # autocast would round the threshold to bfloat16
         with torch.autocast(self.topk_threshold.device.type, enabled=False):
             min_positive = positive_acts.min().to(self.topk_threshold.dtype)
-            just_below = min_positive * (1 - _threshold_margin(self.dtype))
+            just_below = min_positive * (1 - margin)
             self.topk_threshold = self.topk_threshold + unbiased_lr * (just_below - self.topk_threshold)
         self.selection_guess = min_positive.to(self.selection_guess.dtype)
-
-
-def _threshold_margin(saved_dtype: torch.dtype) -> float:
-    """How far below an activation its threshold lies, as a share of it.
-
-    At least the spacing of numbers in the data type that the threshold is saved in. In float32 a little more, since
-    the encoder product of a saved SAE need not round as that of the training step.
-    """
-    spacing = torch.finfo(saved_dtype).eps
-    return max(spacing, min(4 * spacing, 1e-6))

@@ -18,7 +18,7 @@ from sae_lens_matryoshka.ops.encoder import hidden_pre_of
 from sae_lens_matryoshka.ops.latents import ActiveLatents
 from sae_lens_matryoshka.saes.nested_training_config import NestedTrainingSAEConfig
 from sae_lens_matryoshka.saes.thresholded_family import ThresholdedTrainingSAE
-from sae_lens_matryoshka.saes.training_step import Encoding, Prefixes
+from sae_lens_matryoshka.saes.training_step import Encoding
 
 
 @dataclass
@@ -29,13 +29,10 @@ class MatryoshkaJumpReLUTrainingSAEConfig(NestedTrainingSAEConfig, JumpReLUTrain
     every latent once, whatever its level.
 
     Args:
-        matryoshka_widths (list[int]): The number of latents of each level, smallest level first.
         jumprelu_sparsity_loss_mode (str): ``step`` (arXiv:2407.14435), ``tanh`` (Anthropic) or ``quadratic`` (Gemma
             Scope 2, with ``target_l0``). Inherited from JumpReLUTrainingSAEConfig, like all its other fields.
         target_l0 (float | None): The L0 that the quadratic penalty pulls to. Inherited from JumpReLUTrainingSAEConfig.
         l0_coefficient (float): Weight of the sparsity penalty. Inherited from JumpReLUTrainingSAEConfig.
-        d_in (int): Width of the activations. Inherited from SAEConfig.
-        d_sae (int): Number of latents. Inherited from SAEConfig.
     """
 
     @override
@@ -95,14 +92,11 @@ class MatryoshkaJumpReLUTrainingSAE(ThresholdedTrainingSAE, JumpReLUTrainingSAE)
         return gate.apply(hidden_pre[None], threshold[latent_ids], *options)[0]  # type: ignore[index]
 
     @override
-    def _listed_penalties(
-        self, step_input: TrainStepInput, x: Float[Tensor, "batch d_in"], encoding: Encoding, prefixes: Prefixes
-    ) -> dict[str, Tensor]:
+    def _listed_penalties(self, step_input: TrainStepInput, encoding: Encoding) -> dict[str, Tensor]:
         latents, cfg = encoding.latents, self.cfg
         assert isinstance(latents, ActiveLatents)
-        W_dec_norm = self.W_dec.norm(dim=1)
         if cfg.jumprelu_sparsity_loss_mode == "tanh":
-            scaled = cfg.jumprelu_tanh_scale * encoding.coefficients * W_dec_norm[latents.columns]
+            scaled = cfg.jumprelu_tanh_scale * encoding.coefficients * self.W_dec.norm(dim=1)[latents.columns]
             sample_losses = latents.row_sums(torch.tanh(scaled))
         else:
             l0 = latents.row_sums(self._gate(Step, encoding.hidden_pre, latents.columns))
@@ -111,22 +105,17 @@ class MatryoshkaJumpReLUTrainingSAE(ThresholdedTrainingSAE, JumpReLUTrainingSAE)
             sample_losses = 2 / target_l0 * (l0 - target_l0) ** 2 if quadratic else l0
         losses = {"l0_loss": (step_input.coefficients["l0"] * sample_losses).mean()}
         if cfg.pre_act_loss_coefficient is not None:
-            losses["pre_act_loss"] = self._pre_act_loss(step_input, x, W_dec_norm, cfg.pre_act_loss_coefficient)
+            losses["pre_act_loss"] = self._pre_act_loss(step_input, encoding.x, cfg.pre_act_loss_coefficient)
         return losses
 
     def _pre_act_loss(
-        self,
-        step_input: TrainStepInput,
-        x: Float[Tensor, "batch d_in"],
-        W_dec_norm: Float[Tensor, " d_sae"],
-        coefficient: float,
+        self, step_input: TrainStepInput, x: Float[Tensor, "batch d_in"], coefficient: float
     ) -> Float[Tensor, ""]:
         """SAELens's loss that lifts dead latents, on the dead columns only."""
         if step_input.dead_neuron_mask is None or not step_input.dead_neuron_mask.any():
             return x.new_zeros(())
         dead = step_input.dead_neuron_mask.nonzero().squeeze(1)
-        b_dec = self.b_dec if self.cfg.apply_b_dec_to_input else None
-        hidden_pre = hidden_pre_of(x, self.W_enc, self.b_enc, b_dec, dead)
+        hidden_pre = hidden_pre_of(x, self.W_enc, self.b_enc, self._subtracted_b_dec(), dead)
         threshold = self.threshold.to(hidden_pre.dtype)[dead]
         all_dead = torch.ones_like(dead, dtype=torch.bool)
-        return calculate_pre_act_loss(coefficient, threshold, hidden_pre, all_dead, W_dec_norm[dead])
+        return calculate_pre_act_loss(coefficient, threshold, hidden_pre, all_dead, self.W_dec.norm(dim=1)[dead])

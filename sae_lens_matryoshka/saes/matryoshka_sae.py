@@ -23,7 +23,7 @@ from typing_extensions import override
 from sae_lens_matryoshka.levels import SAVED_AS, level_index, level_of, level_widths, validate_widths
 from sae_lens_matryoshka.saes.kinds import KINDS
 from sae_lens_matryoshka.saes.plugin_sae import PluginSAE
-from sae_lens_matryoshka.saved.checks import check_parameters
+from sae_lens_matryoshka.saved.checks import check_finite
 from sae_lens_matryoshka.saved.loaded import load_published_sae, load_saved_sae
 
 
@@ -41,6 +41,11 @@ class MatryoshkaSAEConfig(SAEConfig):
         self.matryoshka_widths = validate_widths(self.matryoshka_widths, self.d_sae)
         super().__post_init__()
 
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return SAVED_AS[super().architecture()]  # type: ignore[safe-super]
+
 
 class MatryoshkaSAE(PluginSAE):
     """An SAE with levels. Wherever SAELens takes an SAE it takes this one, as the full level.
@@ -57,9 +62,6 @@ class MatryoshkaSAE(PluginSAE):
 
     level_config_class: type[SAEConfig]
     """Its config class, which is SAELens's own."""
-
-    def __init__(self, cfg: MatryoshkaSAEConfig, use_error_term: bool = False) -> None:
-        super().__init__(cfg, use_error_term)
 
     @property
     def widths(self) -> list[int]:
@@ -190,19 +192,19 @@ class MatryoshkaSAE(PluginSAE):
                 delattr(metadata, full_only)
         metadata.matryoshka_widths = self.widths[: index + 1]
         metadata.matryoshka_cut_from = {"level": index, "d_sae": self.cfg.d_sae, "matryoshka_widths": self.widths}
+        kept = {f.name: getattr(self.cfg, f.name) for f in fields(self.level_config_class)}
+        if "k" in kept:
+            kept["k"] = min(kept["k"], width)
         # on the meta device, since the parameters made there are replaced by this SAE's
-        sae = self.level_class(self._level_cfg(width, device="meta", metadata=metadata))
+        sae = self.level_class(
+            self.level_config_class(**{**kept, "d_sae": width, "device": "meta", "metadata": metadata})
+        )
         for name, parameter in self.named_parameters():
-            kept = parameter if name == "b_dec" else parameter[:, :width] if name == "W_enc" else parameter[:width]
-            setattr(sae, name, nn.Parameter(kept.detach(), requires_grad=parameter.requires_grad))
+            part = parameter if name == "b_dec" else parameter[:, :width] if name == "W_enc" else parameter[:width]
+            setattr(sae, name, nn.Parameter(part.detach(), requires_grad=parameter.requires_grad))
         sae.cfg.device = self.cfg.device
         sae.device = self.device
         return sae
-
-    def _level_cfg(self, width: int, **changes: Any) -> SAEConfig:
-        """The plain SAELens config of this SAE's first ``width`` latents."""
-        kept = {f.name: getattr(self.cfg, f.name) for f in fields(self.level_config_class)}
-        return self.level_config_class(**{**kept, "d_sae": width, **changes})
 
     @classmethod
     def saved_architecture(cls) -> str:
@@ -242,11 +244,11 @@ class MatryoshkaSAE(PluginSAE):
         widths = level_widths({**cfg_dict, "architecture": architecture}, widths)
         kind, config_class = KINDS[architecture]
         kept = {f.name: cfg_dict[f.name] for f in fields(config_class) if f.name in cfg_dict}
-        kept["metadata"] = SAEMetadata.from_dict(cfg_dict["metadata"])
-        kept["dtype"] = dtype_to_str(state_dict["W_dec"].dtype)
-        matryoshka_sae = kind(config_class(**{**kept, "device": "meta", "matryoshka_widths": widths}))
+        metadata, dtype = SAEMetadata.from_dict(cfg_dict["metadata"]), dtype_to_str(state_dict["W_dec"].dtype)
+        kept.update(metadata=metadata, dtype=dtype, device="meta", matryoshka_widths=widths)
+        matryoshka_sae = kind(config_class(**kept))
         matryoshka_sae.load_state_dict(state_dict, assign=True)
-        check_parameters(matryoshka_sae)
+        check_finite(matryoshka_sae.named_parameters())
         matryoshka_sae.cfg.device = sae.cfg.device
         matryoshka_sae.device = sae.device
         return matryoshka_sae
@@ -262,15 +264,9 @@ class MatryoshkaSAE(PluginSAE):
         fold_W_dec_norm: bool = False,
         widths: Sequence[int] | None = None,
     ) -> "MatryoshkaSAE":
-        """Load from a folder that SAELens or this plugin has saved; as ``SAE.load_from_disk``, plus ``widths``.
+        """Load from a folder that SAELens or this plugin has saved: as ``SAE.load_from_disk``, plus ``widths``.
 
-        Args:
-            path: The folder with ``cfg.json`` and ``sae_weights.safetensors``.
-            device: The device to load to.
-            dtype: The data type to load as; None keeps the saved one.
-            converter: Reads other formats.
-            fold_W_dec_norm: Whether to fold the decoder norms into the encoder.
-            widths: The level widths, for SAEs saved without them.
+        Those are the level widths, for SAEs saved without them.
 
         Raises:
             ValueError: If the widths are neither given nor recorded, or the files are damaged or contradict each other.
@@ -290,17 +286,9 @@ class MatryoshkaSAE(PluginSAE):
         fold_W_dec_norm: bool = False,
         widths: Sequence[int] | None = None,
     ) -> "MatryoshkaSAE":
-        """Load from the Hugging Face Hub; as ``SAE.from_pretrained``, plus ``widths``.
+        """Load from the Hugging Face Hub: as ``SAE.from_pretrained``, plus ``widths``.
 
-        Args:
-            release: A release of SAELens's directory or a repository ``user/name``.
-            sae_id: The SAE's id in the release, its folder in the repository.
-            device: The device to load to.
-            dtype: The data type to load as.
-            force_download: Whether to download again what is cached.
-            converter: Reads other formats.
-            fold_W_dec_norm: Whether to fold the decoder norms into the encoder.
-            widths: The level widths, for SAEs published without them.
+        Those are the level widths, for SAEs published without them. ``release`` may be a repository ``user/name`` too.
 
         Raises:
             ValueError: If the widths are neither given, recorded nor known (:mod:`saved.known_releases`), the release

@@ -11,7 +11,7 @@ from sae_lens.saes.topk_sae import TopK
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_matryoshka.saes.kinds import enter_kind
+from sae_lens_matryoshka.saes.kinds import KINDS
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE, MatryoshkaSAEConfig
 from sae_lens_matryoshka.saes.plugin_sae import PluginSAE
 
@@ -43,13 +43,7 @@ class LevelStandardSAE(_SharedStorageSAE, StandardSAE):
 class MatryoshkaJumpReLUSAEConfig(MatryoshkaSAEConfig, JumpReLUSAEConfig):
     """Configuration of a Matryoshka SAE with one threshold a latent: JumpReLU's fields and ``matryoshka_widths``."""
 
-    @override
-    @classmethod
-    def architecture(cls) -> str:
-        return "matryoshka"
 
-
-@enter_kind(MatryoshkaJumpReLUSAEConfig)
 class MatryoshkaJumpReLUSAE(MatryoshkaSAE, JumpReLUSAE):
     """A Matryoshka SAE trained with BatchTopK or JumpReLU. Level l's encoding is the first w_l of the full one."""
 
@@ -67,13 +61,7 @@ class MatryoshkaJumpReLUSAE(MatryoshkaSAE, JumpReLUSAE):
 class MatryoshkaStandardSAEConfig(MatryoshkaSAEConfig, StandardSAEConfig):
     """Configuration of a Matryoshka SAE with ReLU: the standard SAE's fields and ``matryoshka_widths``."""
 
-    @override
-    @classmethod
-    def architecture(cls) -> str:
-        return "matryoshka_standard"
 
-
-@enter_kind(MatryoshkaStandardSAEConfig)
 class MatryoshkaStandardSAE(MatryoshkaSAE, StandardSAE):
     """A Matryoshka SAE trained with ReLU and L1. Level l's encoding is the first w_l of the full one."""
 
@@ -90,13 +78,7 @@ class MatryoshkaStandardSAE(MatryoshkaSAE, StandardSAE):
 class MatryoshkaTopKSAEConfig(MatryoshkaSAEConfig, TopKSAEConfig):
     """Configuration of a Matryoshka SAE with TopK: the TopK SAE's fields and ``matryoshka_widths``."""
 
-    @override
-    @classmethod
-    def architecture(cls) -> str:
-        return "matryoshka_topk"
 
-
-@enter_kind(MatryoshkaTopKSAEConfig)
 class MatryoshkaTopKSAE(MatryoshkaSAE, TopKSAE):
     """A Matryoshka SAE trained with TopK.
 
@@ -137,9 +119,10 @@ class MatryoshkaTopKSAE(MatryoshkaSAE, TopKSAE):
             return feature_acts
         return feature_acts * (1 / self.W_dec[: feature_acts.shape[-1]].norm(dim=-1))
 
-    @override
-    def _level_cfg(self, width: int, **changes: Any) -> TopKSAEConfig:
-        cfg = super()._level_cfg(width, **changes)
-        assert isinstance(cfg, TopKSAEConfig)
-        cfg.k = min(cfg.k, width)
-        return cfg
+
+for _kind, _config_class in (
+    (MatryoshkaJumpReLUSAE, MatryoshkaJumpReLUSAEConfig),
+    (MatryoshkaTopKSAE, MatryoshkaTopKSAEConfig),
+    (MatryoshkaStandardSAE, MatryoshkaStandardSAEConfig),
+):
+    KINDS[_kind.saved_architecture()] = (_kind, _config_class)

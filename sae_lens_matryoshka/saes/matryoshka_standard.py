@@ -26,14 +26,11 @@ class MatryoshkaStandardTrainingSAEConfig(NestedTrainingSAEConfig, StandardTrain
     The fields are those of SAELens's ``standard`` and of :class:`NestedTrainingSAEConfig`.
 
     Args:
-        matryoshka_widths (list[int]): The number of latents of each level, smallest level first.
         l1_coefficient (float): Weight of the sparsity penalty. Inherited from StandardTrainingSAEConfig.
         l1_warm_up_steps (int): Steps over which that weight rises from 0. Inherited from StandardTrainingSAEConfig.
         lp_norm (float): The norm that is penalized. Inherited from StandardTrainingSAEConfig.
         l1_of_every_prefix (bool): Penalize the activations of every prefix, as Nabeshima does, so that early latents
             pay more often; otherwise every latent pays once, as in SAELens.
-        d_in (int): Width of the activations. Inherited from SAEConfig.
-        d_sae (int): Number of latents. Inherited from SAEConfig.
     """
 
     l1_of_every_prefix: bool = False
@@ -74,12 +71,10 @@ class MatryoshkaStandardTrainingSAE(ThresholdedTrainingSAE, StandardTrainingSAE)
         return hidden_pre.relu()
 
     @override
-    def _listed_penalties(
-        self, step_input: TrainStepInput, x: Float[Tensor, "batch d_in"], encoding: Encoding, prefixes: Prefixes
-    ) -> dict[str, Tensor]:
+    def _listed_penalties(self, step_input: TrainStepInput, encoding: Encoding) -> dict[str, Tensor]:
         latents = encoding.latents
         assert isinstance(latents, ActiveLatents)
-        cost = self._cost(prefixes)[latents.columns]
+        cost = self._cost(encoding.prefixes)[latents.columns]
         sample_losses = latents.row_sums(encoding.coefficients * cost)
         return {"l1_loss": (step_input.coefficients["l1"] * sample_losses).mean()}
 

@@ -27,18 +27,13 @@ class MatryoshkaTopKTrainingSAEConfig(TopKFamilyTrainingSAEConfig):
     The fields are those of SAELens's ``topk`` and of :class:`NestedTrainingSAEConfig`.
 
     Args:
-        matryoshka_widths (list[int]): The number of latents of each level, smallest level first.
         k (int): The number of latents to keep active a sample. Inherited from TopKTrainingSAEConfig.
-        use_matryoshka_aux_loss (bool): Whether dead latents reconstruct the error of their own level rather than of
-            the whole SAE.
         aux_loss_coefficient (float): Coefficient of the auxiliary loss for dead latents. Inherited from
             TopKTrainingSAEConfig.
         rescale_acts_by_decoder_norm (bool): Select latents as if the decoder were normalized. Inherited from
             TopKTrainingSAEConfig.
         use_sparse_activations (bool): Read by SAELens's own code only; the fast step is sparse anyway. Inherited from
             TopKTrainingSAEConfig.
-        d_in (int): Width of the activations. Inherited from SAEConfig.
-        d_sae (int): Number of latents. Inherited from SAEConfig.
     """
 
     @override

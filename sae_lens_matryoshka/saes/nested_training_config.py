@@ -52,7 +52,9 @@ class NestedTrainingSAEConfig(TrainingSAEConfig):
             self.level_weights = validate_level_weights(self.level_weights, n_levels)
         if self.prefix_sampling is not None:
             PrefixSampling.from_dict(self.prefix_sampling, self.d_sae)
-        _validate_learning_rate(self.latent_contribution_lr, "latent_contribution_lr")
+        lr = self.latent_contribution_lr
+        if isinstance(lr, bool) or not isinstance(lr, Real) or not 0 < lr <= 1:
+            raise ValueError(f"latent_contribution_lr={lr!r} must be above 0 and at most 1, such as 0.05.")
         self._refuse_senseless_combinations(n_levels)
         super().__post_init__()
 
@@ -106,8 +108,3 @@ def validate_k(k: float, d_sae: int, whole: bool = False) -> None:
         raise ValueError(f"k={k!r} must be a whole number: every sample has as many; use {max(1, round(k))}.")
     if k > d_sae:
         raise ValueError(f"k={k} is above d_sae={d_sae}: no more latents than there are can fire; lower k.")
-
-
-def _validate_learning_rate(value: float, field: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
-        raise ValueError(f"{field}={value!r} must be above 0 and at most 1, such as 0.05.")

@@ -22,8 +22,8 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput, mse_loss
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sae_lens_matryoshka.ops.latents import ActiveLatents, DenseLatents
-from sae_lens_matryoshka.ops.nested_loss import NestedErrors, NestedObjective, nested_errors
+from sae_lens_matryoshka.ops.latents import ActiveLatents
+from sae_lens_matryoshka.ops.nested_loss import NestedErrors, nested_errors
 from sae_lens_matryoshka.saes.nested_training_config import NestedTrainingSAEConfig
 from sae_lens_matryoshka.saes.plugin_sae import PluginSAE
 from sae_lens_matryoshka.saes.training_statistics import KeepsTrainingStatistics
@@ -97,11 +97,7 @@ class NestedTrainingSAE(KeepsTrainingStatistics, PluginSAE, TrainingSAE[Any]):
         return output
 
     def prefixes(self, n_training_steps: int) -> Prefixes:
-        """The prefixes that a step trains: the levels, or with ``prefix_sampling`` those drawn for this step.
-
-        Args:
-            n_training_steps: The number of the step.
-        """
+        """The prefixes that a step trains: the levels, or with ``prefix_sampling`` those drawn for this step."""
         law = self.cfg.prefix_law
         widths = self.cfg.matryoshka_widths if law is None else law.draw(self.cfg.d_sae, n_training_steps)
         return Prefixes(widths, self.latent_order)
@@ -125,17 +121,19 @@ class NestedTrainingSAE(KeepsTrainingStatistics, PluginSAE, TrainingSAE[Any]):
     def _penalties(
         self,
         step_input: TrainStepInput,
-        x: Float[Tensor, "batch d_in"],
         encoding: Encoding,
         errors: NestedErrors,
-        prefixes: Prefixes,
         row_scale: Float[Tensor, "batch 1"] | None,
     ) -> dict[str, Tensor]:
         """What the loss holds beside the reconstruction errors, by SAELens's names."""
 
-    @abstractmethod
     def _decoder_scale(self) -> Float[Tensor, " d_sae"] | None:
         """What SAELens's activations of each latent are multiplied by to get coefficients; None for 1."""
+        return None
+
+    def _subtracted_b_dec(self) -> Float[Tensor, " d_in"] | None:
+        """The decoder bias if it is subtracted from the input."""
+        return self.b_dec if self.cfg.apply_b_dec_to_input else None
 
     @property
     def _needs_level_residuals(self) -> bool:
@@ -145,27 +143,26 @@ class NestedTrainingSAE(KeepsTrainingStatistics, PluginSAE, TrainingSAE[Any]):
     def _fast_step(self, step_input: TrainStepInput) -> TrainStepOutput:
         """The step by ``ops/``."""
         x = self.process_sae_in(step_input.sae_in)
-        prefixes = self.prefixes(step_input.n_training_steps)
-        encoding = self._encode(x, prefixes)
+        encoding = self._encode(x, self.prefixes(step_input.n_training_steps))
+        latents, hidden_pre = encoding.latents, encoding.hidden_pre.detach()
         target, row_scale = self._target_before_normalization_is_undone(step_input.sae_in)
         errors = nested_errors(
             encoding.coefficients,
             self.W_dec,
             self.b_dec,
             target,
-            encoding.latents,
+            latents,
             self.cfg.objective,
             row_scale,
             self._needs_level_residuals,
         )
-        penalties = self._penalties(step_input, x, encoding, errors, prefixes, row_scale)
+        penalties = self._penalties(step_input, encoding, errors, row_scale)
         error = errors.residual if row_scale is None else errors.residual * row_scale
-        hidden_pre = encoding.hidden_pre.detach()
         return TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=step_input.sae_in + error,
             feature_acts=encoding.feature_acts,
-            hidden_pre=_as_matrix(encoding.latents, hidden_pre),
+            hidden_pre=latents.to_sparse(hidden_pre) if isinstance(latents, ActiveLatents) else hidden_pre,
             loss=torch.stack([errors.loss, *penalties.values()]).sum() if penalties else errors.loss,
             losses={
                 "mse_loss": errors.squared_errors[-1],
@@ -181,7 +178,7 @@ class NestedTrainingSAE(KeepsTrainingStatistics, PluginSAE, TrainingSAE[Any]):
         reconstructions = self._reconstructions(output.feature_acts, prefixes, self.cfg.stop_gradient_between_levels)
         if not self.cfg.stop_gradient_between_levels:
             reconstructions[-1] = output.sae_out  # which hooks may have changed
-        objective: NestedObjective = self.cfg.objective
+        objective = self.cfg.objective
         squared_errors = [
             self.mse_loss_fn(reconstruction, step_input.sae_in).sum(dim=-1).mean() for reconstruction in reconstructions
         ]
@@ -325,12 +322,7 @@ _SAMPLE_STATISTICS = ("ln_mu", "ln_std", "x_norm_coeff")
 
 
 def level_dead(dead_mask: Bool[Tensor, " d_sae"], prefixes: Prefixes) -> list[Int[Tensor, " n_dead"]]:
-    """The dead latents among each prefix's own.
-
-    Args:
-        dead_mask: Which latents are dead.
-        prefixes: The prefixes.
-    """
+    """The dead latents among each prefix's own."""
     places = prefixes.by_place(dead_mask).nonzero().squeeze(1)
     bounds = zip([0, *prefixes.widths[:-1]], prefixes.widths, strict=True)
     return [prefixes.latent_ids(places[(places >= start) & (places < stop)]) for start, stop in bounds]
@@ -338,7 +330,3 @@ def level_dead(dead_mask: Bool[Tensor, " d_sae"], prefixes: Prefixes) -> list[In
 
 def _by_column(W_enc: Float[Tensor, "d_in d_sae"]) -> Float[Tensor, "d_in d_sae"]:
     return W_enc.t().contiguous().t()
-
-
-def _as_matrix(latents: ActiveLatents | DenseLatents, values: Tensor) -> Float[Tensor, "batch d_sae"]:
-    return latents.to_sparse(values) if isinstance(latents, ActiveLatents) else values

@@ -5,7 +5,6 @@ it. Source: N. Nabeshima, "Matryoshka Sparse Autoencoders", https://sparselatent
 https://github.com/noanabeshima/matryoshka-saes (``get_pareto_prefix_bounds`` in sae.py at commit 5aa72b1).
 """
 
-import functools
 import math
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -40,32 +39,30 @@ class PrefixSampling:
     """Another seed draws other lengths."""
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], d_sae: int, field: str = "prefix_sampling") -> "PrefixSampling":
+    def from_dict(cls, values: dict[str, Any], d_sae: int) -> "PrefixSampling":
         """Make a law from a config's mapping.
 
         Args:
             values: The fields of this class by name; what is missing has its default.
             d_sae: The number of latents to draw prefixes of.
-            field: The name that errors give to the mapping.
 
         Raises:
             ValueError: If a key is unknown, or a value is out of range or leaves too few lengths to draw from.
         """
         names = [f.name for f in fields(cls)]
         if not isinstance(values, dict) or not set(values) <= set(names):
-            raise ValueError(f"{field}={values!r} must be a mapping with the keys {', '.join(names)}.")
+            raise ValueError(f"prefix_sampling={values!r} must be a mapping with the keys {', '.join(names)}.")
         law = cls(**values)
-        for name in ("n_prefixes", "min_width", "seed"):
-            value, lowest = getattr(law, name), {"n_prefixes": 2, "min_width": 1, "seed": 0}[name]
+        for name, lowest in {"n_prefixes": 2, "min_width": 1, "seed": 0}.items():
+            value = getattr(law, name)
             if isinstance(value, bool) or not isinstance(value, Integral) or value < lowest:
-                raise ValueError(f"{field}.{name}={value!r} must be a whole number of at least {lowest}.")
+                raise ValueError(f"prefix_sampling.{name}={value!r} must be a whole number of at least {lowest}.")
         power = law.pareto_power
         if isinstance(power, bool) or not isinstance(power, Real) or not math.isfinite(power) or power <= 0:
-            raise ValueError(f"{field}.pareto_power={power!r} must be a positive number, such as 0.5.")
-        n_lengths = d_sae - law.min_width
-        if n_lengths < law.n_prefixes - 1:
+            raise ValueError(f"prefix_sampling.pareto_power={power!r} must be a positive number, such as 0.5.")
+        if d_sae - law.min_width < law.n_prefixes - 1:
             raise ValueError(
-                f"{field}: n_prefixes={law.n_prefixes} needs {law.n_prefixes - 1} different lengths from "
+                f"prefix_sampling: n_prefixes={law.n_prefixes} needs {law.n_prefixes - 1} different lengths from "
                 f"min_width={law.min_width} to d_sae - 1 = {d_sae - 1}; lower n_prefixes or min_width."
             )
         return law
@@ -75,18 +72,8 @@ class PrefixSampling:
         return np.diff(np.linspace(0, 1, d_sae - self.min_width + 1) ** self.pareto_power)
 
     def draw(self, d_sae: int, step: int) -> list[int]:
-        """The prefix lengths of a training step, ascending, the last one ``d_sae``.
-
-        Args:
-            d_sae: The number of latents.
-            step: The number of the training step.
-        """
+        """The prefix lengths of training step ``step``, ascending, the last one ``d_sae``."""
         generator = np.random.default_rng((self.seed, step))
         lengths = np.arange(self.min_width, d_sae)
-        drawn = generator.choice(lengths, self.n_prefixes - 1, replace=False, p=_probabilities(self, d_sae))
+        drawn = generator.choice(lengths, self.n_prefixes - 1, replace=False, p=self.probabilities(d_sae))
         return [*sorted(drawn.tolist()), d_sae]
-
-
-@functools.lru_cache(maxsize=8)
-def _probabilities(law: PrefixSampling, d_sae: int) -> Float[np.ndarray, " n_lengths"]:
-    return law.probabilities(d_sae)

@@ -46,9 +46,7 @@ class ThresholdedTrainingSAE(NestedTrainingSAE):
         """Activations from pre-activations: a matrix of all latents (None), or entries of the given latents."""
 
     @abstractmethod
-    def _listed_penalties(
-        self, step_input: TrainStepInput, x: Float[Tensor, "batch d_in"], encoding: Encoding, prefixes: Prefixes
-    ) -> dict[str, Tensor]:
+    def _listed_penalties(self, step_input: TrainStepInput, encoding: Encoding) -> dict[str, Tensor]:
         """SAELens's auxiliary losses from listed entries."""
 
     def _can_list(self) -> bool:
@@ -57,8 +55,7 @@ class ThresholdedTrainingSAE(NestedTrainingSAE):
 
     @override
     def _encode(self, x: Float[Tensor, "batch d_in"], prefixes: Prefixes) -> Encoding:
-        b_dec = self.b_dec if self.cfg.apply_b_dec_to_input else None
-        floor, n_all = self._floor().detach(), x.shape[0] * self.cfg.d_sae
+        b_dec, floor, n_all = self._subtracted_b_dec(), self._floor().detach(), x.shape[0] * self.cfg.d_sae
         selection = None
         if self._can_list() and self.share_that_matters.item() <= LISTED_SHARE:
             most = int(2 * LISTED_SHARE * n_all)
@@ -68,29 +65,23 @@ class ThresholdedTrainingSAE(NestedTrainingSAE):
             latents = prefixes.lay_out(selection, x.shape[0])
             hidden_pre = selected_hidden_pre(x, self.W_enc, self.b_enc, b_dec, latents)
             acts = self._activate(hidden_pre, latents.columns)
-            return Encoding(latents, hidden_pre, acts, latents.to_sparse(acts.detach()))
+            return Encoding(x, prefixes, latents, hidden_pre, acts, latents.to_sparse(acts.detach()))
         hidden_pre = hidden_pre_of(x, self.W_enc, self.b_enc, b_dec)
         sample = hidden_pre.detach()[:SAMPLE_SIZE]
         self.share_that_matters.fill_((sample > floor).sum().item() / max(1, sample.numel()))
         acts = self._activate(hidden_pre, None)
-        return Encoding(prefixes.lay_out_dense(x.shape[0]), hidden_pre, acts, acts.detach())
+        return Encoding(x, prefixes, prefixes.lay_out_dense(x.shape[0]), hidden_pre, acts, acts.detach())
 
     @override
     def _penalties(
         self,
         step_input: TrainStepInput,
-        x: Float[Tensor, "batch d_in"],
         encoding: Encoding,
         errors: NestedErrors,
-        prefixes: Prefixes,
         row_scale: Float[Tensor, "batch 1"] | None,
     ) -> dict[str, Tensor]:
         if isinstance(encoding.latents, ActiveLatents):
-            return self._listed_penalties(step_input, x, encoding, prefixes)
+            return self._listed_penalties(step_input, encoding)
         losses = self.calculate_aux_loss(step_input, encoding.coefficients, encoding.hidden_pre, step_input.sae_in)
         assert isinstance(losses, dict)
         return losses
-
-    @override
-    def _decoder_scale(self) -> None:
-        return None

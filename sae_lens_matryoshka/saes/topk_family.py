@@ -10,18 +10,13 @@ from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_matryoshka.ops.auxiliary_loss import auxiliary_loss, matryoshka_auxiliary_loss
+from sae_lens_matryoshka.ops.auxiliary_loss import auxiliary_loss
 from sae_lens_matryoshka.ops.encoder import selected_hidden_pre
 from sae_lens_matryoshka.ops.nested_loss import NestedErrors
 from sae_lens_matryoshka.ops.selection import Selection
 from sae_lens_matryoshka.saes.nested_training_config import NestedTrainingSAEConfig
-from sae_lens_matryoshka.saes.nested_training_sae import (
-    SAMPLE_NORMALIZATIONS,
-    Encoding,
-    NestedTrainingSAE,
-    Prefixes,
-    level_dead,
-)
+from sae_lens_matryoshka.saes.nested_training_sae import SAMPLE_NORMALIZATIONS, NestedTrainingSAE, level_dead
+from sae_lens_matryoshka.saes.training_step import Encoding, Prefixes
 
 
 @dataclass
@@ -57,29 +52,27 @@ class TopKFamilyTrainingSAE(NestedTrainingSAE, TopKTrainingSAE):
         latents = prefixes.lay_out(selection, x.shape[0])
         # SAELens multiplies selected pre-activations by the decoder norms and divides by them again: they cancel
         hidden_pre = selected_hidden_pre(x, self.W_enc, self.b_enc, self._subtracted_b_dec(), latents)
-        return Encoding(latents, hidden_pre, hidden_pre, latents.to_sparse(latents.scores))
+        return Encoding(x, prefixes, latents, hidden_pre, hidden_pre, latents.to_sparse(latents.scores))
 
     @override
     def _penalties(
         self,
         step_input: TrainStepInput,
-        x: Float[Tensor, "batch d_in"],
         encoding: Encoding,
         errors: NestedErrors,
-        prefixes: Prefixes,
         row_scale: Float[Tensor, "batch 1"] | None,
     ) -> dict[str, Tensor]:
+        x = encoding.x
         loss = x.new_zeros(())
         dead_mask = step_input.dead_neuron_mask
         if dead_mask is not None:
             parameters = (x, self.W_enc, self.b_enc, self.W_dec, self._subtracted_b_dec())
             norms = self._decoder_norms()
+            residuals, dead_of_levels = [errors.residual], [dead_mask.nonzero().squeeze(1)]
             if errors.level_residuals is not None and self.cfg.use_matryoshka_aux_loss:
-                dead_of_levels = level_dead(dead_mask, prefixes)
-                loss = matryoshka_auxiliary_loss(*parameters, -errors.level_residuals, dead_of_levels, norms, row_scale)
-            else:
-                dead = dead_mask.nonzero().squeeze(1)
-                loss = auxiliary_loss(*parameters, -errors.residual, dead, norms, row_scale)
+                residuals, dead_of_levels = errors.level_residuals, level_dead(dead_mask, encoding.prefixes)
+            for residual, dead in zip(residuals, dead_of_levels, strict=True):
+                loss = loss + auxiliary_loss(*parameters, -residual, dead, norms, row_scale)
         return {"auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * loss}
 
     @property
@@ -98,14 +91,14 @@ class TopKFamilyTrainingSAE(NestedTrainingSAE, TopKTrainingSAE):
         with torch.no_grad():
             prefixes = self.prefixes(step_input.n_training_steps)
             x = self.process_sae_in(step_input.sae_in)
-            target, row_scale = self._target_before_normalization_is_undone(step_input.sae_in)
+            _, row_scale = self._target_before_normalization_is_undone(step_input.sae_in)
             residuals = torch.stack(self._reconstructions(feature_acts, prefixes)) - step_input.sae_in
             if row_scale is not None:
                 residuals = residuals / row_scale
             zero = residuals.new_zeros(())
             errors = NestedErrors(zero, zero, residuals[-1], residuals)
-        encoding = Encoding(prefixes.lay_out_dense(target.shape[0]), hidden_pre, hidden_pre, feature_acts)
-        return self._penalties(step_input, x, encoding, errors, prefixes, row_scale)
+        encoding = Encoding(x, prefixes, prefixes.lay_out_dense(x.shape[0]), hidden_pre, hidden_pre, feature_acts)
+        return self._penalties(step_input, encoding, errors, row_scale)
 
     @override
     def _decoder_scale(self) -> Float[Tensor, " d_sae"] | None:
@@ -113,6 +106,3 @@ class TopKFamilyTrainingSAE(NestedTrainingSAE, TopKTrainingSAE):
 
     def _decoder_norms(self) -> Float[Tensor, " d_sae"] | None:
         return self.W_dec.detach().norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
-
-    def _subtracted_b_dec(self) -> Float[Tensor, " d_in"] | None:
-        return self.b_dec if self.cfg.apply_b_dec_to_input else None

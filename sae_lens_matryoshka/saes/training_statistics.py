@@ -18,24 +18,17 @@ METADATA_KEY = "training_statistics"
 class KeepsTrainingStatistics(nn.Module):
     """A module with statistics: buffers that keep their data type and follow resumed runs, but not saved SAEs."""
 
-    _statistics_starts: dict[str, Tensor]
+    _statistics_starts: dict[str, Tensor] = {}
 
     def _register_statistic(self, name: str, start: Tensor) -> None:
-        """Keep a statistic.
-
-        Args:
-            name: The name of the buffer.
-            start: Its value before the first step.
-        """
-        if "_statistics_starts" not in self.__dict__:
-            self._statistics_starts = {}
-        self._statistics_starts[name] = start
+        """Keep a statistic: a buffer of that name, with its value before the first step."""
+        self._statistics_starts = {**self._statistics_starts, name: start}
         self._set_statistic(name, start)
 
     @property
     def statistics(self) -> dict[str, Tensor]:
         """The statistics by name."""
-        return {name: self.get_buffer(name) for name in self.__dict__.get("_statistics_starts", {})}
+        return {name: self.get_buffer(name) for name in self._statistics_starts}
 
     def _set_statistic(self, name: str, value: Tensor) -> None:
         device = next(self.parameters()).device
@@ -69,8 +62,10 @@ class KeepsTrainingStatistics(nn.Module):
         error_msgs: list[str],
     ) -> None:
         given = local_metadata.get(METADATA_KEY, {})
-        starts = self.__dict__.get("_statistics_starts", {})
-        values = {name: state_dict.pop(prefix + name, given.get(name, start)) for name, start in starts.items()}
+        values = {
+            name: state_dict.pop(prefix + name, given.get(name, start))
+            for name, start in self._statistics_starts.items()
+        }
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

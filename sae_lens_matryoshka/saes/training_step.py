@@ -16,7 +16,6 @@ class TrainingPath(NamedTuple):
     """Whether by ``ops/``. Otherwise by SAELens's own code and the definition of the losses."""
 
     reason: str
-    """Why."""
 
 
 class Prefixes(NamedTuple):
@@ -48,11 +47,16 @@ class Prefixes(NamedTuple):
 class Encoding(NamedTuple):
     """The latents of a batch as functions of the parameters: a value an entry, or the whole matrix."""
 
+    x: Float[Tensor, "batch d_in"]
+    """The processed input that they are of."""
+
+    prefixes: Prefixes
+    """The prefixes of the step."""
+
     latents: ActiveLatents | DenseLatents
     """Where the values belong."""
 
     hidden_pre: Tensor
-    """The pre-activations."""
 
     coefficients: Tensor
     """What decoder rows are multiplied by."""

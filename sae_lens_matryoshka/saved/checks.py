@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from sae_lens_matryoshka.errors import UserError
@@ -164,19 +164,10 @@ def check_saved_sae(folder: Path, dtype: str | None = None) -> dict[str, Any]:
                         f"{CFG_FILENAME} ask for {shapes[name]}."
                     )
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or damaged ({_one_line(error)}).") from error
+        raise UserError(f"{path} is truncated or damaged ({one_line(error)}).") from error
     if n_values < d_sae * max(d_in, d_out):  # SAELens would make room for them before it looks
         raise UserError(f"{path} holds {n_values:,} values, fewer than d_in={d_in} and d_sae={d_sae} ask for.")
     return cfg
-
-
-def check_parameters(sae: nn.Module) -> None:
-    """Refuse parameters that are not usable numbers; see :func:`check_finite`.
-
-    Raises:
-        UserError: If a parameter holds NaN or infinite values.
-    """
-    check_finite(sae.named_parameters())
 
 
 @torch.no_grad()
@@ -184,9 +175,6 @@ def check_finite(named: Iterable[tuple[str, Tensor]]) -> None:
     """Refuse tensors that are not usable numbers.
 
     An infinite threshold is allowed: it belongs to a latent that never fires.
-
-    Args:
-        named: Names and tensors.
 
     Raises:
         UserError: If one of them holds NaN or infinite values.
@@ -202,24 +190,20 @@ def check_finite(named: Iterable[tuple[str, Tensor]]) -> None:
 
 @contextmanager
 def loading_errors(what: str) -> Iterator[None]:
-    """Turn what SAELens and torch raise for files that do not fit together into one sentence.
-
-    Args:
-        what: What is being loaded, as the sentence should name it.
-    """
+    """Turn what SAELens and torch raise for files that do not fit together into one sentence on ``what`` is loaded."""
     try:
         yield
     except UserError:
         raise
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{what} cannot be loaded: {_one_line(error)}.") from error
+        raise UserError(f"{what} cannot be loaded: {one_line(error)}.") from error
     except AssertionError as error:  # of SAELens's temporal SAEs, some of which say nothing but their condition
         condition = traceback.extract_tb(error.__traceback__)[-1].line or "an assertion"
-        raise UserError(f"{what} cannot be loaded: {_one_line(error) or f'it fails {condition!r}'}.") from error
+        raise UserError(f"{what} cannot be loaded: {one_line(error) or f'it fails {condition!r}'}.") from error
     except RuntimeError as error:
         if "loading state_dict" not in str(error):
             raise
-        raise UserError(f"The weights of {what} do not fit its config: {_one_line(error)}") from error
+        raise UserError(f"The weights of {what} do not fit its config: {one_line(error)}") from error
 
 
 def config_as_saelens_6(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -235,5 +219,6 @@ def config_as_saelens_6(cfg: dict[str, Any]) -> dict[str, Any]:
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
+    """What an error says, to be put into a sentence."""
     return " ".join(str(error).split()).rstrip(".")

@@ -14,20 +14,12 @@ from sae_lens_matryoshka.saved.checks import WEIGHTS_FILENAME, read_config
 
 
 def content_hash(content: Mapping[str, Any] | Sequence[Any] | str) -> str:
-    """A name for what JSON can hold.
-
-    Args:
-        content: The content.
-    """
+    """A name for what JSON can hold."""
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, ensure_ascii=False).encode())
 
 
 def tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A name for tensors: their names, shapes, types and every byte of them.
-
-    Args:
-        tensors: Name and values of each.
-    """
+    """A name for tensors, given with their names: those, their shapes, types and every byte of them."""
     described: list[Any] = []
     for name, tensor in sorted(tensors, key=lambda named: named[0]):
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -36,38 +28,23 @@ def tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def module_hash(module: nn.Module) -> str:
-    """A name for all parameters and buffers of a module.
-
-    Args:
-        module: The module.
-    """
+    """A name for all parameters and buffers of a module."""
     return tensors_hash(module.state_dict().items())
 
 
 def sae_hash(sae: Any) -> str:
-    """A name for what an SAE, or a level cut out of one, computes: its parameters and settings, not its origin.
-
-    Args:
-        sae: An SAE of SAELens or of this plugin.
-    """
+    """A name for what an SAE, or a level cut out of one, computes: its parameters and settings, not its origin."""
     settings = {name: str(value) for name, value in sae.cfg.to_dict().items() if name not in _ELSEWHERE}
     return content_hash([module_hash(sae), settings])
 
 
 def typed_hash(sae: Any) -> str:
-    """The data type that an SAE is in, and :func:`sae_hash` after a colon: the same SAE can be loaded in several.
-
-    Args:
-        sae: An SAE of SAELens or of this plugin.
-    """
+    """The data type that an SAE is in, and :func:`sae_hash` after a colon: the same SAE can be loaded in several."""
     return f"{str(sae.dtype).removeprefix('torch.')}:{sae_hash(sae)}"
 
 
 def file_hash(path: Path) -> str:
     """A name for the contents of a file.
-
-    Args:
-        path: The file.
 
     Raises:
         OSError: If it cannot be read.
@@ -81,9 +58,6 @@ def file_hash(path: Path) -> str:
 
 def saved_sae_hash(folder: Path) -> str:
     """A name for what a saved SAE computes: the tensors of its weights file, and the settings beside it.
-
-    Args:
-        folder: Its folder.
 
     Raises:
         UserError: If its config cannot be read.

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.saved.checks import one_line
 
 # httpx2.HTTPError, httpx.HTTPError or requests.RequestException, whichever huggingface_hub uses
 _TRANSPORT_ERROR: type[Exception] = next(
@@ -41,66 +42,59 @@ def hub_errors(repo_id: str, afterwards: str = "", uploading: bool = False) -> I
     except UserError:
         raise
     except Exception as error:
-        reason = _explain(error, repo_id)
+        reason = next(filter(None, (_explain(cause, repo_id) for cause in causes(error))), None)
         if uploading and isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
-            reason = f"The Hub did not take the upload: {_one_line(error)}."
+            reason = f"The Hub did not take the upload: {one_line(error)}."
         elif uploading and reason is None and isinstance(error, RuntimeError):
             # also where one thread has closed the HTTP client that the others still use, after a lost connection
-            reason = f"The upload broke off ({_one_line(error.__cause__ or error)}); try again."
+            reason = f"The upload broke off ({one_line(error.__cause__ or error)}); try again."
         if reason is None:
             raise
         raise UserError(f"{reason} {afterwards}".strip()) from error
 
 
-def _explain(error: BaseException | None, repo_id: str) -> str | None:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came from: uploads in threads wrap what happened in a RuntimeError."""
     while error is not None:
-        reason = _explain_one(error, repo_id)
-        if reason is not None:
-            return reason
-        error = error.__cause__  # uploads in threads wrap what happened in a RuntimeError
-    return None
+        yield error
+        error = error.__cause__
 
 
-def _explain_one(error: BaseException, repo_id: str) -> str | None:
-    if isinstance(error, HFValidationError):
-        return f"{repo_id!r} is not a repository name: {_one_line(error)}."
-    if isinstance(error, OfflineModeIsEnabled):
-        return f"{repo_id} cannot be asked for, since HF_HUB_OFFLINE is set; unset it to use the Hub."
-    if isinstance(error, GatedRepoError):
-        return f"{repo_id} is gated: accept its terms on its page on the Hub, then log in with 'hf auth login'."
-    if isinstance(error, LocalEntryNotFoundError):
-        return f"The Hub cannot be reached, and the local cache does not hold what is needed of {repo_id}."
-    if isinstance(error, RevisionNotFoundError):
-        return f"{repo_id} has no such revision; the Hub's page of the repository lists its branches."
-    if isinstance(error, RepositoryNotFoundError):
-        return f"There is no repository {repo_id} that you may see; check the name, or log in with 'hf auth login'."
-    if isinstance(error, EntryNotFoundError):
-        return f"{repo_id} does not hold the file that is needed: {_one_line(error)}."
+def _explain(error: BaseException, repo_id: str) -> str | None:
+    for kind, answer in _ANSWERS.items():
+        if isinstance(error, kind):
+            return answer.format(repo_id=repo_id, error=one_line(error))
     if isinstance(error, HfHubHTTPError):
-        return _explain_status(error, repo_id)
+        status = error.response.status_code
+        other = "The Hub failed ({status}); try again later." if status >= 500 else _REFUSED
+        return _STATUSES.get(status, other).format(repo_id=repo_id, status=status, error=one_line(error))
     if isinstance(error, (_TRANSPORT_ERROR, ConnectionError, TimeoutError)):
         if "timeout" in type(error).__name__.lower():
             return "The Hub did not answer in time; try again."
-        return f"The Hub cannot be reached, or broke off ({_one_line(error) or type(error).__name__}); try again."
+        return f"The Hub cannot be reached, or broke off ({one_line(error) or type(error).__name__}); try again."
     return None
 
 
-def _explain_status(error: HfHubHTTPError, repo_id: str) -> str:
-    status = error.response.status_code
-    if status == 401:
-        return "The Hub refused the token (401); log in again with 'hf auth login', or set HF_TOKEN."
-    if status == 403:
-        return f"Your token does not allow that on {repo_id} (403); use one with the right to write there."
-    if status == 404:
-        return f"There is no repository {repo_id} that you may see; check the name, or log in with 'hf auth login'."
-    if status in (409, 412):
-        return f"{repo_id} was changed by someone else meanwhile ({status}); push again."
-    if status == 429:
-        return "The Hub has had too many requests (429); try again in some minutes."
-    if status >= 500:
-        return f"The Hub failed ({status}); try again later."
-    return f"The Hub refused the request ({status}): {_one_line(error)}."
+_NO_REPOSITORY = "There is no repository {repo_id} that you may see; check the name, or log in with 'hf auth login'."
+_REFUSED = "The Hub refused the request ({status}): {error}."
+_CHANGED = "{repo_id} was changed by someone else meanwhile ({status}); push again."
+_ANSWERS: dict[type[Exception], str] = {
+    HFValidationError: "{repo_id!r} is not a repository name: {error}.",
+    OfflineModeIsEnabled: "{repo_id} cannot be asked for, since HF_HUB_OFFLINE is set; unset it to use the Hub.",
+    GatedRepoError: "{repo_id} is gated: accept its terms on its page on the Hub, then log in with 'hf auth login'.",
+    LocalEntryNotFoundError: "The Hub cannot be reached, and the local cache does not hold what is needed of "
+    "{repo_id}.",
+    RevisionNotFoundError: "{repo_id} has no such revision; the Hub's page of the repository lists its branches.",
+    RepositoryNotFoundError: _NO_REPOSITORY,
+    EntryNotFoundError: "{repo_id} does not hold the file that is needed: {error}.",
+}
+"""The first that fits counts: some of them are kinds of others."""
 
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".")
+_STATUSES = {
+    401: "The Hub refused the token ({status}); log in again with 'hf auth login', or set HF_TOKEN.",
+    403: "Your token does not allow that on {repo_id} ({status}); use one with the right to write there.",
+    404: _NO_REPOSITORY,
+    409: _CHANGED,
+    412: _CHANGED,
+    429: "The Hub has had too many requests ({status}); try again in some minutes.",
+}

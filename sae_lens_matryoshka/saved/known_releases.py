@@ -34,11 +34,7 @@ KNOWN_RELEASES: dict[str, KnownRelease] = {
 
 
 def known_widths(release: str, sae_id: str) -> list[int] | None:
-    """The widths of a published SAE, or None if they are not known.
-
-    Args:
-        release: A release of SAELens's directory or a repository ``user/name``.
-        sae_id: The SAE's id there.
+    """The widths of an SAE of a release of SAELens's directory or a repository, or None if they are not known.
 
     Raises:
         ValueError: If the release has no such id.

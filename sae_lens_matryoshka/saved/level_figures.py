@@ -58,7 +58,7 @@ def write_level_figures(folder: Path, levels: Sequence[LevelMetrics]) -> None:
 def read_level_figures(folder: Path) -> list[LevelMetrics]:
     """The figures beside a saved SAE, as they were measured.
 
-    None if they were not, or were on other weights or settings, or if the file was cut off or holds something else:
+    Empty if they were not, or were on other weights or settings, or if the file was cut off or holds something else:
     they can be measured again.
     """
     types = get_type_hints(LevelMetrics)
@@ -74,12 +74,7 @@ def read_level_figures(folder: Path) -> list[LevelMetrics]:
 
 
 def are_of_saved_sae(rows: Sequence[Mapping[str, str]], folder: Path) -> bool:
-    """Whether rows of a table of levels say that they were measured on the SAE that is saved beside it, as it is now.
-
-    Args:
-        rows: The rows.
-        folder: The SAE's folder.
-    """
+    """Whether rows of a table of levels say that they were measured on the SAE that a folder holds now."""
     from sae_lens_matryoshka.saved.fingerprints import saved_sae_hash  # which imports torch
 
     weights = {row.get(WEIGHTS_COLUMN) or None for row in rows}

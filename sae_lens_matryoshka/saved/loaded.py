@@ -43,7 +43,7 @@ def load_published_sae(
 ) -> tuple[SAE[Any], dict[str, Any], Tensor | None]:
     """As ``SAE.from_pretrained_with_cfg_and_sparsity``, from files that have been checked.
 
-    Widths that the files do not record but that are known (:mod:`loading.known_releases`) are in the SAE's metadata.
+    Widths that the files do not record but that are known (:mod:`saved.known_releases`) are in the SAE's metadata.
 
     Raises:
         UserError: If the Hub cannot be reached, or the files are damaged or contradict each other.

@@ -33,11 +33,7 @@ from sae_lens_matryoshka.saved.hub_errors import hub_errors
 
 
 def published_sae_loader(release: str) -> PretrainedSaeHuggingfaceLoader | None:
-    """This plugin's loader for a release or repository, or None for formats that SAELens reads by itself.
-
-    Args:
-        release: A release of SAELens's directory or a repository ``user/name``.
-    """
+    """This plugin's loader for a release or repository, or None for formats that SAELens reads by itself."""
     ours = get_conversion_loader_name(release) in ("sae_lens", "dictionary_learning_1")
     return published_folder_loader if ours else None
 

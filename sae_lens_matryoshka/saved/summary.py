@@ -58,21 +58,13 @@ class SAESummary:
 
 
 def find_saves(path: Path) -> list[Path]:
-    """The folders of saved SAEs at a path or anywhere below it; checkpoints are none.
-
-    Args:
-        path: A folder.
-    """
+    """The folders of saved SAEs at a path or anywhere below it; checkpoints are none."""
     folders = sorted(cfg.parent for cfg in path.rglob(CFG_FILENAME) if (cfg.parent / WEIGHTS_FILENAME).is_file())
     return [folder for folder in folders if not (folder / "trainer_state.pt").is_file()]
 
 
 def summarize_folder(folder: Path, widths: Sequence[int] | None = None) -> SAESummary:
-    """Look at a saved SAE.
-
-    Args:
-        folder: Its folder.
-        widths: The widths of its levels, where it does not record them.
+    """Look at the SAE that is saved in a folder; ``widths`` are those of its levels, where it does not record them.
 
     Raises:
         UserError: If files are missing, damaged or contradict each other, or its architecture has no levels.

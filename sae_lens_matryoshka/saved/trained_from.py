@@ -22,11 +22,9 @@ _FIELDS = ("model_name", "dataset_path", "model_from_pretrained_kwargs", "model_
 def record_local_paths(
     cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig", saes: Iterable[TrainingSAE[Any]]
 ) -> None:
-    """Record in the metadata of SAEs which names of their run are paths; call it before or while they are trained.
+    """Record in the metadata of SAEs which names of their run are paths.
 
-    Args:
-        cfg: The run, in the working directory that it runs in.
-        saes: Its SAEs.
+    Call it before or while they are trained, in the working directory of the run.
     """
     named = source_names({field: getattr(cfg, field, None) for field in _FIELDS})
     local = [field for field, name in named.items() if os.path.exists(os.path.expanduser(name))]
@@ -49,8 +47,7 @@ def recorded_model(metadata: SAEMetadata) -> str | None:
 def source_names(contents: dict[str, Any]) -> dict[str, str]:
     """What a run's config or an SAE's metadata names as the sources of its activations, by field.
 
-    Args:
-        contents: The config or metadata. Fields of mappings in it are called ``mapping.field``.
+    Fields of mappings in it are called ``mapping.field``.
     """
     return {field: name for part in _FIELDS for field, name in _texts(part, contents.get(part))}
 

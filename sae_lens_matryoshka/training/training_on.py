@@ -33,7 +33,7 @@ from sae_lens_matryoshka.levels import recorded_widths
 from sae_lens_matryoshka.saes.kinds import KINDS
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
 from sae_lens_matryoshka.saes.nested_training_sae import NestedTrainingSAE
-from sae_lens_matryoshka.saved.checks import check_parameters, check_saved_sae, loading_errors, read_json
+from sae_lens_matryoshka.saved.checks import check_finite, check_saved_sae, loading_errors, read_json
 from sae_lens_matryoshka.training.resuming.manifest import MANIFEST_FILENAME, find_damage
 
 _SCALED, _WHITENED = "expected_average_only_in", "covariance_whitening"
@@ -130,7 +130,7 @@ def _load(folder: Path) -> tuple[SAE[Any], bool]:
         check_saved_sae(folder)
     with loading_errors(str(folder)):
         source: SAE[Any] = TrainingSAE.load_from_disk(folder) if is_checkpoint else SAE.load_from_disk(folder)
-    check_parameters(source)
+    check_finite(source.named_parameters())
     return source, is_checkpoint
 
 

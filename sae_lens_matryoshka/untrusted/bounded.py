@@ -13,10 +13,6 @@ MAX_DEPTH = 100
 def load_yaml(text: str, loader_class: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
     """The contents of a YAML text, bounded as they unfold: an alias costs what it stands for, each time.
 
-    Args:
-        text: The text.
-        loader_class: PyYAML's safe loader, or one made from it.
-
     Raises:
         yaml.YAMLError: If it is not valid YAML, or unfolds into too much.
     """

@@ -41,12 +41,8 @@ def partial_file(path: Path) -> Path:
 def read_csv(path: Path, needed: Collection[str] = ()) -> list[dict[str, str]]:
     """The rows of a table by column, with text as it was before it was written.
 
-    Args:
-        path: The file.
-        needed: Columns that must be there.
-
     Raises:
-        UserError: If it cannot be read, or lacks a column.
+        UserError: If it cannot be read, or lacks a column of ``needed``.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
