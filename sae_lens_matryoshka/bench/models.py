@@ -42,7 +42,7 @@ def load_model(model: "Model | str | Path", device: str = "cpu", dtype: str = "f
         bridge = TransformerBridge.boot_transformers(name, device=device, dtype=torch_dtype)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"The model {name!r} cannot be loaded ({str(error).splitlines()[0].rstrip('.')}); "
+            f"The model {name!r} cannot be loaded ({' '.join(str(error).split()).rstrip('.') or type(error).__name__}); "
             "pass a folder with a Hugging Face model, a name that TransformerLens knows, or the model itself."
         ) from error
     bridge.enable_compatibility_mode(no_processing=True)
