@@ -2,7 +2,7 @@
 
 import torch
 
-from sae_lens_matryoshka.errors import ConfigError
+from sae_lens_matryoshka.errors import ConfigError, first_line
 
 
 def resolve_device(device: str, field: str) -> str:
@@ -20,8 +20,7 @@ def resolve_device(device: str, field: str) -> str:
     try:
         torch.empty(0, device=torch.device(device))
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(
-            f"{field}={device!r} cannot be used on this machine ({reason}); set {field}=cpu or {field}=auto."
+            f"{field}={device!r} cannot be used on this machine ({first_line(error)}); set {field}=cpu or {field}=auto."
         ) from None
     return device

@@ -1,4 +1,6 @@
-"""The errors that a user can mend."""
+"""The errors that a user can mend, and what their messages are made of."""
+
+from collections.abc import Sequence
 
 MAX_MESSAGE = 2_000
 """How many characters of a message are kept: a value that is shown in it can be as long as a file."""
@@ -17,6 +19,18 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """A run file or setting that cannot be used; the message names the field, the value and the fix."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, as part of a sentence; its type if it has none."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
+
+
+def listed(names: Sequence[str], at_most: int) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return ", ".join(names[:at_most]) + more
 
 
 REPORT_BUG = "This is a bug of sae-lens-matryoshka; please report it with the traceback above."

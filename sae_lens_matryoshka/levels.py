@@ -99,10 +99,8 @@ def recorded_widths(cfg_dict: dict[str, Any]) -> list[int] | None:
     """
     metadata = cfg_dict.get("metadata") or {}
     training_details = metadata.get("training_architecture_details") or {}
-    for source in (cfg_dict, metadata, training_details):
-        if source.get("matryoshka_widths"):
-            return list(source["matryoshka_widths"])
-    return None
+    recorded = (source.get("matryoshka_widths") for source in (cfg_dict, metadata, training_details))
+    return next((list(widths) for widths in recorded if widths), None)
 
 
 def level_widths(cfg_dict: dict[str, Any], widths: Sequence[int] | None = None) -> list[int]:

@@ -9,10 +9,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from sae_lens_matryoshka.errors import UserError
-
-SHOWN = 3
-"""How many tensors a message names."""
+from sae_lens_matryoshka.errors import UserError, listed
 
 
 def check_model_folder(name: str | Path) -> None:
@@ -48,10 +45,9 @@ def check_model_folder(name: str | Path) -> None:
     except (OSError, ValueError, ImportError, KeyError, AttributeError):
         return
     if missing := sorted(loaded[1]["missing_keys"]):
-        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise UserError(
-            f"The model in {folder} lacks {', '.join(missing[:SHOWN])}{more}, which would be random numbers; copy or "
-            f"convert the model again."
+            f"The model in {folder} lacks {listed(missing, 3)}, which would be random numbers; copy or convert the "
+            f"model again."
         )
 
 

@@ -40,7 +40,14 @@ def register() -> None:
     registries = ((SAE_TRAINING_CLASS_REGISTRY, TRAINING_CLASSES), (SAE_CLASS_REGISTRY, INFERENCE_CLASSES))
     for registry, classes in registries:
         for sae_class, config_class in classes:
-            _check_not_foreign(registry, config_class.architecture(), sae_class)
+            architecture = config_class.architecture()
+            registered, _ = registry.get(architecture, (sae_class, None))
+            if (registered.__module__, registered.__qualname__) != (sae_class.__module__, sae_class.__qualname__):
+                raise RuntimeError(
+                    f"SAELens's architecture {architecture!r} is already registered by "
+                    f"{registered.__module__}.{registered.__qualname__}, so sae_lens_matryoshka cannot register its "
+                    f"own; import only one of the two packages in a process."
+                )
     for registry, classes in registries:
         for _, config_class in classes:
             # an older copy of our own classes, left by a reload, gives way to the current one
@@ -49,15 +56,3 @@ def register() -> None:
         register_sae_class(config_class.architecture(), sae_class, config_class)
     for sae_class, config_class in TRAINING_CLASSES:
         register_sae_training_class(config_class.architecture(), sae_class, config_class)
-
-
-def _check_not_foreign(registry: dict[str, tuple[Any, Any]], architecture: str, our_class: type) -> None:
-    if architecture not in registry:
-        return
-    registered = registry[architecture][0]
-    if (registered.__module__, registered.__qualname__) != (our_class.__module__, our_class.__qualname__):
-        raise RuntimeError(
-            f"SAELens's architecture {architecture!r} is already registered by "
-            f"{registered.__module__}.{registered.__qualname__}, so sae_lens_matryoshka cannot register its own; "
-            f"import only one of the two packages in a process."
-        )

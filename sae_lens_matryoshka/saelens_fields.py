@@ -9,6 +9,7 @@ is another version than the table's.
 import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from enum import Enum
 from importlib.metadata import version
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -19,20 +20,18 @@ RUN_CONFIGS = (
 """SAELens's configs whose fields stand in run files, beside those of SAEs."""
 
 
-class _Required:
+class _Mark(Enum):
+    REQUIRED = 1
+    OBJECT = 2
+
     def __repr__(self) -> str:
-        return "REQUIRED"
+        return self.name
 
 
-class _Object:
-    def __repr__(self) -> str:
-        return "OBJECT"
-
-
-REQUIRED: Any = _Required()
+REQUIRED: Any = _Mark.REQUIRED
 """The default of a field that has none."""
 
-OBJECT: Any = _Object()
+OBJECT: Any = _Mark.OBJECT
 """The type, or the default, of a field that is an object of SAELens's or is made anew each time."""
 
 
@@ -85,12 +84,8 @@ def table_is_current() -> bool:
     return version("sae-lens") == SAELENS_VERSION
 
 
-def config_fields(config_class: type) -> dict[str, ConfigField]:
-    """The fields of a config that one may give.
-
-    Args:
-        config_class: A dataclass.
-    """
+def _config_fields(config_class: type) -> dict[str, ConfigField]:
+    """The fields of a config that one may give."""
     hints = get_type_hints(config_class)
     return {
         f.name: ConfigField(_field_type(hints[f.name]), _default(f))
@@ -106,9 +101,9 @@ def _tables_of_saelens() -> Tables:
 
     runs = [getattr(sae_lens, name, None) or getattr(synthetic, name) for name in RUN_CONFIGS]
     return Tables(
-        {config.__name__: config_fields(config) for config in _with_nested(runs)},
-        {name: config_fields(config) for name, (_, config) in SAE_TRAINING_CLASS_REGISTRY.items()},
-        {name: config_fields(config) for name, (_, config) in SAE_CLASS_REGISTRY.items()},
+        {config.__name__: _config_fields(config) for config in _with_nested(runs)},
+        {name: _config_fields(config) for name, (_, config) in SAE_TRAINING_CLASS_REGISTRY.items()},
+        {name: _config_fields(config) for name, (_, config) in SAE_CLASS_REGISTRY.items()},
     )
 
 
@@ -157,8 +152,6 @@ def _default(field: "dataclasses.Field[Any]") -> Any:
 
 def table_text() -> str:
     """The table as a Python file, of SAELens as it is installed."""
-    current = _tables_of_saelens()
-    named = {"CONFIGS": current.configs, "TRAINING": current.training, "SAVED": current.saved}
     lines = [
         '"""SAELens\'s configs in one version; written by ``python -m sae_lens_matryoshka.saelens_fields``."""',
         "",
@@ -169,8 +162,8 @@ def table_text() -> str:
         "",
         f'SAELENS_VERSION = "{version("sae-lens")}"',
     ]
-    for name, configs in named.items():
-        lines += ["", f"{name}: dict[str, dict[str, ConfigField]] = {{"]
+    for name, configs in _tables_of_saelens()._asdict().items():
+        lines += ["", f"{name.upper()}: dict[str, dict[str, ConfigField]] = {{"]
         for config, fields in configs.items():
             lines += [f'    "{config}": {{']
             lines += [f'        "{field}": {_field_text(value)},' for field, value in fields.items()]

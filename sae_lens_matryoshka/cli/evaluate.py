@@ -251,17 +251,11 @@ def _unused(options: argparse.Namespace, evaluations: "Sequence[Evaluation[Any]]
 def _table(headlines: "pd.DataFrame") -> Table:
     import pandas as pd
 
-    table = Table(
-        Column("SAE", no_wrap=True, min_width=max(map(len, headlines["sae"]))),
-        "level",
-        "width",
-        "L0",
-        *headlines.columns[4:],
-    )
-    for row in headlines.itertuples(index=False):
-        level = "" if pd.isna(row[1]) else str(row[1])
-        l0 = "" if pd.isna(row[3]) else f"{row[3]:.1f}"
-        table.add_row(
-            str(row[0]), level, str(row[2]), l0, *("" if pd.isna(value) else f"{value:.3f}" for value in row[4:])
-        )
+    def cell(value: Any, form: str) -> str:
+        return "" if pd.isna(value) else format(value, form)
+
+    name = Column("SAE", no_wrap=True, min_width=max(map(len, headlines["sae"])))
+    table = Table(name, "level", "width", "L0", *headlines.columns[4:])
+    for sae, level, width, l0, *scores in headlines.itertuples(index=False):
+        table.add_row(sae, cell(level, ""), str(width), cell(l0, ".1f"), *(cell(score, ".3f") for score in scores))
     return table

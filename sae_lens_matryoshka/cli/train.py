@@ -28,25 +28,17 @@ def add_to(commands: Any) -> None:
     """Add the command to the parser's."""
     parser = commands.add_parser("train", help="train what a run file asks for with SAELens's runners")
     parser.add_argument(
-        "config",
-        nargs="?",
+        "config", nargs="?",
         help=f"a YAML file, or the name of an embedded one (default: {DEMONSTRATION}, a demonstration of two minutes)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--set",
-        dest="settings",
-        action="append",
-        default=[],
-        metavar="KEY.SUB=VALUE",
+        "--set", dest="settings", action="append", default=[], metavar="KEY.SUB=VALUE",
         help="change a field, repeatable; one of several SAEs goes by its name: saes.NAME.k=40",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--unset",
-        action="append",
-        default=[],
-        metavar="KEY.SUB",
+        "--unset", action="append", default=[], metavar="KEY.SUB",
         help="take a field out of the run file, before --set, repeatable",
-    )
+    )  # fmt: skip
     parser.add_argument("--output", metavar="DIR", help="folder to write (default: the run file's output_path)")
     parser.add_argument(
         "--resume", metavar="auto|PATH",
@@ -72,11 +64,9 @@ def add_to(commands: Any) -> None:
         help="largest activation buffer to put into checkpoints; a larger one is filled anew on resuming (default: 2)",
     )  # fmt: skip
     parser.add_argument(
-        "--keep-checkpoints",
-        type=positive_count,
-        metavar="N",
+        "--keep-checkpoints", type=positive_count, metavar="N",
         help="remove all but the newest N checkpoints of the run",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--trust-remote-code", action="store_true",
         help="let the run file's trust_remote_code run code that comes with a model or data set",
@@ -117,9 +107,8 @@ def run(options: argparse.Namespace) -> None:
             checkpointing=checkpointing,
         )
     _show(result, console)
-    if incomplete := [sae.name for sae in result.saes if sae.incomplete is not None]:
-        names = ", ".join(incomplete)
-        raise UserError(f"Not everything could be made of {names}; the warnings above say what and why.")
+    if incomplete := ", ".join(sae.name for sae in result.saes if sae.incomplete is not None):
+        raise UserError(f"Not everything could be made of {incomplete}; the warnings above say what and why.")
 
 
 def _show(result: "TrainResult", console: PlainConsole) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, MultiSAETrainingRunnerConfig
+from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, MultiSAETrainingRunnerConfig, TrainingSAEConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.synthetic import SyntheticModelConfig, SyntheticSAERunnerConfig, ZipfianFiringProbabilityConfig
 
@@ -15,12 +15,16 @@ from sae_lens_matryoshka.errors import ConfigError
 from sae_lens_matryoshka.run_files.checking import CheckedRun, check_language_model_run, check_run_file
 from sae_lens_matryoshka.run_files.numbers import check_run_numbers, check_sae_in_run, check_sae_numbers
 
-RunnerConfig: TypeAlias = (
-    "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig | SyntheticSAERunnerConfig[Any]"
-)
-RunnerConfigs: TypeAlias = (
-    "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig | dict[str, SyntheticSAERunnerConfig[Any]]"
-)
+LanguageModelRunConfig: TypeAlias = LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig
+RunnerConfig: TypeAlias = LanguageModelRunConfig | SyntheticSAERunnerConfig[Any]
+RunnerConfigs: TypeAlias = LanguageModelRunConfig | dict[str, SyntheticSAERunnerConfig[Any]]
+
+_DEVICES = frozenset(("device", "llm_device", "act_store_device"))
+
+
+def sae_configs(cfg: RunnerConfig) -> Mapping[str, TrainingSAEConfig]:
+    """The configs of a run's SAEs by name; a single one is called ``sae``."""
+    return cfg.saes if isinstance(cfg, MultiSAETrainingRunnerConfig) else {"sae": cfg.sae}
 
 
 def build_runner_configs(run: Mapping[str, Any], trust_remote_code: bool = False) -> RunnerConfigs:
@@ -70,8 +74,7 @@ def check_runner_config(cfg: RunnerConfig) -> None:
         )
     values = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
     check_run_numbers(values)
-    saes = {"sae": cfg.sae} if not isinstance(cfg, MultiSAETrainingRunnerConfig) else cfg.saes
-    for name, sae in saes.items():
+    for name, sae in sae_configs(cfg).items():
         check_sae_numbers(vars(sae), f"{name}.{{}}".format)
         check_sae_in_run(vars(sae), values, f"{name}.{{}}".format)
     if not isinstance(cfg, SyntheticSAERunnerConfig):
@@ -127,11 +130,8 @@ def _config_errors(field: str) -> Iterator[None]:
         raise ConfigError(f"{field}: {message}") from error
 
 
-_DEVICES = frozenset(("device", "llm_device", "act_store_device"))
-_NAMES_ANOTHER_FIELD = (("act_store_device", "with_model"),)
-
-
 def _resolve_devices(values: dict[str, Any]) -> None:
     for field in _DEVICES & values.keys():
-        if isinstance(values[field], str) and (field, values[field]) not in _NAMES_ANOTHER_FIELD:
-            values[field] = resolve_device(values[field], field)
+        device = values[field]
+        if isinstance(device, str) and (field, device) != ("act_store_device", "with_model"):
+            values[field] = resolve_device(device, field)

@@ -37,6 +37,13 @@ READ_ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
 """Fields that change what is trained or how, but only if another field has one of the values given here."""
 
 
+_PATHS = frozenset((
+    "model_name", "dataset_path", "output_path", "checkpoint_path", "from_pretrained_path", "cached_activations_path",
+    "resume_from_checkpoint", "synthetic_model",
+))  # fmt: skip
+"""Fields that can name a path, where a ``~`` at its beginning is the home folder."""
+
+
 class CheckedSAE(NamedTuple):
     """An SAE of a run file, checked."""
 
@@ -83,37 +90,26 @@ def check_run_file(run: Mapping[str, Any], trust_remote_code: bool = False) -> C
     _check_training_on(run, sae_fields)
     saes = {name: _check_sae(fields, f"saes.{name}" if "saes" in run else "sae") for name, fields in sae_fields.items()}
     values = copy.deepcopy({key: value for key, value in run.items() if key not in ("sae", "saes")})
-    config = (
-        "SyntheticSAERunnerConfig"
-        if "synthetic_model" in run
-        else "MultiSAETrainingRunnerConfig"
-        if "saes" in run
-        else "LanguageModelSAERunnerConfig"
-    )
-    if config == "MultiSAETrainingRunnerConfig":
-        # names from Python may be numbers, as in a file
-        for key in ("hook_names", "hook_head_indices"):
-            if isinstance(values.get(key), Mapping):
-                values[key] = {str(name): value for name, value in values[key].items()}
-    fields = tables().configs[config]
-    _check_fields(values, fields, config)
-    if isinstance(values.get("synthetic_model"), dict):
-        _check_fields(
-            values["synthetic_model"],
-            tables().configs["SyntheticModelConfig"],
-            "SyntheticModelConfig",
-            "synthetic_model.{}".format,
-        )
-        check_synthetic_numbers(values["synthetic_model"])
-    elif not isinstance(values.get("synthetic_model", ""), str):
-        raise ConfigError(
-            f"synthetic_model={values['synthetic_model']!r} must be a mapping, a path or a Hub repository."
-        )
-    if "logger" in values:
-        values["logger"] = _mapping(values["logger"], "logger", "LoggingConfig")
-        _check_fields(values["logger"], tables().configs["LoggingConfig"], "LoggingConfig", "logger.{}".format)
-    _expand_home(values)
-    everything = {name: field.default for name, field in fields.items()} | values
+    config = "MultiSAETrainingRunnerConfig" if "saes" in run else "LanguageModelSAERunnerConfig"
+    if "synthetic_model" in run:
+        config = "SyntheticSAERunnerConfig"
+    for key in ("hook_names", "hook_head_indices"):  # names of SAEs from Python may be numbers, as in a file
+        if isinstance(values.get(key), Mapping):
+            values[key] = {str(name): value for name, value in values[key].items()}
+    _check_config(values, config)
+    synthetic_model, logger = values.get("synthetic_model", ""), values.get("logger", {})
+    if isinstance(synthetic_model, dict):
+        _check_config(synthetic_model, "SyntheticModelConfig", "synthetic_model.{}".format)
+        check_synthetic_numbers(synthetic_model)
+    elif not isinstance(synthetic_model, str):
+        raise ConfigError(f"synthetic_model={synthetic_model!r} must be a mapping, a path or a Hub repository.")
+    if not isinstance(logger, dict):
+        raise ConfigError(f"logger={logger!r} must be a mapping of LoggingConfig fields.")
+    _check_config(logger, "LoggingConfig", "logger.{}".format)
+    for field in _PATHS & values.keys():
+        if isinstance(values[field], str) and values[field].startswith("~"):
+            values[field] = str(Path(values[field]).expanduser())
+    everything = {name: field.default for name, field in tables().configs[config].items()} | values
     check_run_numbers(everything)
     for sae in saes.values():
         check_sae_in_run(sae.values, everything, f"{sae.field}.{{}}".format)
@@ -123,19 +119,6 @@ def check_run_file(run: Mapping[str, Any], trust_remote_code: bool = False) -> C
             values.setdefault("is_dataset_tokenized", False)  # SAELens's default, true, does not go with chats
         values.setdefault("dataset_trust_remote_code", False)  # SAELens's default is to run what comes with a data set
     return CheckedRun(config, values, saes)
-
-
-def _expand_home(values: dict[str, Any]) -> None:
-    """Paths that begin with ``~`` are in the home folder, in every field that can name one."""
-    for field in _PATHS & values.keys():
-        if isinstance(values[field], str) and values[field].startswith("~"):
-            values[field] = str(Path(values[field]).expanduser())
-
-
-_PATHS = frozenset((
-    "model_name", "dataset_path", "output_path", "checkpoint_path", "from_pretrained_path", "cached_activations_path",
-    "resume_from_checkpoint", "synthetic_model",
-))  # fmt: skip
 
 
 def check_language_model_run(values: Mapping[str, Any]) -> None:
@@ -217,20 +200,14 @@ def _check_sae(fields: SAEFields, field: str) -> CheckedSAE:
     return CheckedSAE(field, architecture, values)
 
 
-def _mapping(values: Any, field: str, config: str) -> dict[str, Any]:
-    if not isinstance(values, dict):
-        raise ConfigError(f"{field}={values!r} must be a mapping of {config} fields.")
-    return dict(values)
+def _check_config(values: dict[str, Any], config: str, name: Callable[[str], str] = str) -> None:
+    _check_fields(values, tables().configs[config], config, name)
 
 
-def _check_fields(values: dict[str, Any], fields: Fields, config: str, name: Callable[[str], str] = str) -> None:
+def _check_fields(values: dict[str, Any], fields: Fields, config: str, name: Callable[[str], str]) -> None:
     """Check keys and value types of a config, giving lists and whole floats the type that it wants.
 
-    Args:
-        values: The fields that the run file gives.
-        fields: The fields that there are.
-        config: What errors call the config.
-        name: What a field is called in the run file.
+    Errors name the ``config``, and a field by what ``name`` says that it is called in the run file.
     """
     for key, value in values.items():
         if key not in fields:
@@ -239,12 +216,9 @@ def _check_fields(values: dict[str, Any], fields: Fields, config: str, name: Cal
                 f"--unset {name(key)} takes it out of the run file."
             )
         hint = fields[key].type
-        if isinstance(hint, Nested):
-            if isinstance(value, dict):
-                nested = tables().configs[hint.config]
-                _check_fields(value, nested, hint.config, lambda inner, outer=key: f"{name(outer)}.{inner}")
-            continue
-        if hint is OBJECT:
+        if isinstance(hint, Nested) and isinstance(value, dict):
+            _check_config(value, hint.config, f"{name(key)}.{{}}".format)
+        if isinstance(hint, Nested) or hint is OBJECT:
             continue  # SAELens's own objects, built and checked field by field elsewhere
         if isinstance(value, list) and "tuple" in str(hint):
             values[key] = value = tuple(value)

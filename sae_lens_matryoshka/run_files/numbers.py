@@ -2,23 +2,18 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 from sae_lens_matryoshka.errors import ConfigError
 
+_Range: TypeAlias = tuple[Callable[[float], bool], str]
+"""Whether it allows a number, and what it is in words."""
 
-class _Range(NamedTuple):
-    """What a number may be."""
-
-    allows: Callable[[float], bool]
-    words: str
-
-
-_AT_LEAST_1 = _Range(lambda value: value >= 1, "at least 1")
-_AT_LEAST_0 = _Range(lambda value: value >= 0, "at least 0")
-_ABOVE_0 = _Range(lambda value: value > 0, "above 0")
-_SHARE = _Range(lambda value: 0 <= value <= 1, "from 0 to 1")
-_BELOW_1 = _Range(lambda value: 0 <= value < 1, "from 0 to below 1, such as 0.9")
+_AT_LEAST_1: _Range = (lambda value: value >= 1, "at least 1")
+_AT_LEAST_0: _Range = (lambda value: value >= 0, "at least 0")
+_ABOVE_0: _Range = (lambda value: value > 0, "above 0")
+_SHARE: _Range = (lambda value: 0 <= value <= 1, "from 0 to 1")
+_BELOW_1: _Range = (lambda value: 0 <= value < 1, "from 0 to below 1, such as 0.9")
 
 _RUN_RANGES: dict[str, _Range] = {
     **dict.fromkeys(
@@ -30,7 +25,7 @@ _RUN_RANGES: dict[str, _Range] = {
         _AT_LEAST_1,
     ),
     **dict.fromkeys(("lr_warm_up_steps", "lr_decay_steps", "n_checkpoints", "eval_frequency", "seed"), _AT_LEAST_0),
-    "lr": _Range(lambda value: value > 0, "above 0, such as 3e-4"),
+    "lr": (lambda value: value > 0, "above 0, such as 3e-4"),
     "lr_end": _AT_LEAST_0,
     "adam_beta1": _BELOW_1,
     "adam_beta2": _BELOW_1,
@@ -64,7 +59,7 @@ _SYNTHETIC_RANGES: dict[str, _Range] = {
     **dict.fromkeys(("num_features", "hidden_dim", "chunk_size", "rank", "total_root_nodes"), _AT_LEAST_1),
     **dict.fromkeys(("num_steps", "std_firing_magnitudes", "seed", "correlation_scale"), _AT_LEAST_0),
     **dict.fromkeys(("mean_firing_magnitudes", "lr"), _ABOVE_0),
-    "probability": _Range(lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "probability": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
 }
 """Fields of a synthetic model, those of its parts too."""
 
@@ -85,22 +80,20 @@ def check_run_numbers(values: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: If there is one.
     """
-    _check_ranges(values, _RUN_RANGES)
-    check_choices(values)
+    _check(values, _RUN_RANGES)
     logger = values["logger"]
     logged = logger if isinstance(logger, Mapping) else getattr(logger, "__dict__", {})
-    _check_ranges(logged, _LOGGER_RANGES, "logger.{}".format)
+    _check(logged, _LOGGER_RANGES, "logger.{}".format)
     if values["checkpoint_path"] == "":
         raise ConfigError("checkpoint_path='' is the root of all folders; name a folder, or null for no checkpoints.")
-    (samples, n_samples), (batch, batch_size) = _samples_and_batch(values)
-    if n_samples < batch_size:
+    samples, batch = _samples_and_batch(values)
+    if values[samples] < values[batch]:
         raise ConfigError(
-            f"{samples}={n_samples} is less than one step of {batch}={batch_size}: nothing would be trained; raise the "
-            f"one or lower the other."
+            f"{samples}={values[samples]} is less than one step of {batch}={values[batch]}: nothing would be trained; "
+            f"raise the one or lower the other."
         )
     # SAELens's scheduler would begin with what comes last, where warm-up and decay take longer than the run
-    phases = {field: values[field] for field in ("lr_warm_up_steps", "lr_decay_steps")}
-    _check_schedule(phases, values)
+    _check_schedule({field: values[field] for field in ("lr_warm_up_steps", "lr_decay_steps")}, values)
 
 
 def check_sae_numbers(given: Mapping[str, Any], name: Callable[[str], str]) -> None:
@@ -113,8 +106,7 @@ def check_sae_numbers(given: Mapping[str, Any], name: Callable[[str], str]) -> N
     Raises:
         ConfigError: If there is one.
     """
-    _check_ranges(given, _SAE_RANGES, name)
-    check_choices(given, name)
+    _check(given, _SAE_RANGES, name)
 
 
 def check_sae_in_run(sae: Mapping[str, Any], values: Mapping[str, Any], name: Callable[[str], str]) -> None:
@@ -131,11 +123,12 @@ def check_sae_in_run(sae: Mapping[str, Any], values: Mapping[str, Any], name: Ca
     for field in ("l1_warm_up_steps", "l0_warm_up_steps"):
         if field in sae:
             _check_schedule({name(field): sae[field]}, values)
-    (_, _), (batch, batch_size) = _samples_and_batch(values)
+    _, batch = _samples_and_batch(values)
     k = sae.get("k")
-    if isinstance(k, float) and 0 < k * batch_size < 1:
+    if isinstance(k, float) and 0 < k * values[batch] < 1:
         raise ConfigError(
-            f"{name('k')}={k!r} of {batch}={batch_size} samples is less than one latent a batch: none would ever fire."
+            f"{name('k')}={k!r} of {batch}={values[batch]} samples is less than one latent a batch: none would ever "
+            f"fire."
         )
 
 
@@ -148,11 +141,9 @@ def check_synthetic_numbers(synthetic_model: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: If there is one.
     """
-    parts = {"": synthetic_model} | {key: part for key, part in synthetic_model.items() if isinstance(part, Mapping)}
-    for part, values in parts.items():
-        prefix = f"synthetic_model.{part}." if part else "synthetic_model."
-        _check_ranges(values, _SYNTHETIC_RANGES, lambda field, prefix=prefix: prefix + field)
-        check_choices(values, lambda field, prefix=prefix: prefix + field)
+    parts = {f"synthetic_model.{key}": part for key, part in synthetic_model.items() if isinstance(part, Mapping)}
+    for field, values in {"synthetic_model": synthetic_model, **parts}.items():
+        _check(values, _SYNTHETIC_RANGES, f"{field}.{{}}".format)
     roots = (synthetic_model.get("hierarchy") or {}).get("total_root_nodes")
     if isinstance(roots, int) and roots > synthetic_model.get("num_features", roots):
         raise ConfigError(
@@ -161,33 +152,16 @@ def check_synthetic_numbers(synthetic_model: Mapping[str, Any]) -> None:
         )
 
 
-def check_choices(values: Mapping[str, Any], name: Callable[[str], str] = str) -> None:
-    """Refuse names that SAELens does not know, where its config takes any text.
-
-    Args:
-        values: The fields.
-        name: What a field is called in the run file.
-
-    Raises:
-        ConfigError: If there is one.
-    """
-    for field, choices in _CHOICES.items():
-        value = values.get(field)
-        if isinstance(value, str) and value.lower() not in choices:
-            raise ConfigError(f"{name(field)}={value!r} must be one of {', '.join(choices)}.")
-
-
-def _samples_and_batch(values: Mapping[str, Any]) -> tuple[tuple[str, int], tuple[str, int]]:
-    """Name and number of a run's samples and of those of a batch: tokens, of a language model."""
-    names = ("training_tokens", "train_batch_size_tokens")
-    if names[0] not in values:
-        names = ("training_samples", "batch_size")
-    return (names[0], values[names[0]]), (names[1], values[names[1]])
+def _samples_and_batch(values: Mapping[str, Any]) -> tuple[str, str]:
+    """The fields that hold how many samples a run and a batch have: tokens, of a language model."""
+    if "training_tokens" in values:
+        return "training_tokens", "train_batch_size_tokens"
+    return "training_samples", "batch_size"
 
 
 def _check_schedule(phases: Mapping[str, int], values: Mapping[str, Any]) -> None:
-    (samples, n_samples), (_, batch_size) = _samples_and_batch(values)
-    n_steps = n_samples // batch_size
+    samples, batch = _samples_and_batch(values)
+    n_steps = values[samples] // values[batch]
     if sum(phases.values()) > n_steps:
         fields = " and ".join(f"{field}={length}" for field, length in phases.items() if length)
         raise ConfigError(
@@ -195,8 +169,13 @@ def _check_schedule(phases: Mapping[str, int], values: Mapping[str, Any]) -> Non
         )
 
 
-def _check_ranges(values: Mapping[str, Any], ranges: Mapping[str, _Range], name: Callable[[str], str] = str) -> None:
+def _check(values: Mapping[str, Any], ranges: Mapping[str, _Range], name: Callable[[str], str] = str) -> None:
+    """Refuse numbers out of their range, and names that SAELens does not know where its config takes any text."""
     for field in ranges.keys() & values.keys():
-        value = values[field]
-        if isinstance(value, int | float) and not (math.isfinite(value) and ranges[field].allows(value)):
-            raise ConfigError(f"{name(field)}={value!r} must be {ranges[field].words}.")
+        value, (allows, words) = values[field], ranges[field]
+        if isinstance(value, int | float) and not (math.isfinite(value) and allows(value)):
+            raise ConfigError(f"{name(field)}={value!r} must be {words}.")
+    for field, choices in _CHOICES.items():
+        value = values.get(field)
+        if isinstance(value, str) and value.lower() not in choices:
+            raise ConfigError(f"{name(field)}={value!r} must be one of {', '.join(choices)}.")

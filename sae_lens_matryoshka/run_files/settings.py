@@ -97,11 +97,7 @@ def remove_field(run: dict[str, Any], key: str) -> None:
 def _locate(run: dict[str, Any], key: str, request: str, make_missing: bool) -> tuple[Any, Any]:
     """The mapping or list that holds a field, and the field's key or index there.
 
-    Args:
-        run: A run file's contents.
-        key: The field as ``key.sub``.
-        request: What errors call the request.
-        make_missing: Whether the field may be missing, and mappings on the way to it are made.
+    With ``make_missing`` the field may be missing, and mappings on the way to it are made. Errors name the ``request``.
     """
     target: Any = run
     passed: list[str] = []

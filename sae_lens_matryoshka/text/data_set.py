@@ -21,8 +21,9 @@ from datasets.config import DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENA
 from datasets.exceptions import DatasetGenerationError
 
 from sae_lens_matryoshka.errors import ConfigError, UserError
+from sae_lens_matryoshka.run_files.building import LanguageModelRunConfig
 from sae_lens_matryoshka.text.data_files import READERS, check_text, read_rows, shown
-from sae_lens_matryoshka.text.token_data import PRETOKENIZATION_FILENAME, RunConfig, check_pretokenization
+from sae_lens_matryoshka.text.token_data import PRETOKENIZATION_FILENAME, check_pretokenization
 
 pc: Any = pyarrow.compute  # it makes its functions when it is imported, unseen by type checkers
 
@@ -35,7 +36,7 @@ CHECKED_ROWS = 10_000
 """How many rows of a streamed data set are looked at before a model is loaded; the others are as they are read."""
 
 
-def open_data_set(cfg: RunConfig) -> Dataset | IterableDataset | None:
+def open_data_set(cfg: LanguageModelRunConfig) -> Dataset | IterableDataset | None:
     """The run's data set, if it lies on this machine in a form that is read here; None leaves it to SAELens.
 
     With ``streaming``, files are read while training. Otherwise the column to train on is first copied into the cache
@@ -58,11 +59,8 @@ def open_data_set(cfg: RunConfig) -> Dataset | IterableDataset | None:
     column = _column_of_files(files, cfg.use_chat_formatting)
     if column in TOKEN_COLUMNS:
         check_pretokenization(cfg)
-    arguments = {
-        "files": files,
-        "column": column,
-        "check": value_check(column, cfg.use_chat_formatting, cfg.context_size),
-    }
+    check = value_check(column, cfg.use_chat_formatting, cfg.context_size)
+    arguments = {"files": files, "column": column, "check": check}
     if cfg.streaming:
         dataset = IterableDataset.from_generator(_rows, gen_kwargs=arguments)
         for _ in islice(dataset, CHECKED_ROWS):
@@ -70,8 +68,10 @@ def open_data_set(cfg: RunConfig) -> Dataset | IterableDataset | None:
         return dataset
     # a copy under the same name may bring its old time of writing along, as tar and rsync do
     arguments["versions"] = tuple((s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in map(os.stat, files))
+    feature = Sequence(Value("int32")) if column in TOKEN_COLUMNS else Value("string")
+    features = None if cfg.use_chat_formatting else Features({column: feature})  # chats are as the rows have them
     try:
-        dataset = Dataset.from_generator(_rows, _features(column, cfg.use_chat_formatting), gen_kwargs=arguments)
+        dataset = Dataset.from_generator(_rows, features, gen_kwargs=arguments)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from error
@@ -95,17 +95,8 @@ def open_text_file(path: str | Path) -> IterableDataset:
     )
 
 
-def check_tokens(value: Any, where: str, context_size: int) -> None:
-    """Refuse what is no row of token ids, or one that is shorter than the context.
-
-    Args:
-        value: What stands in the column of tokens.
-        where: Its place, as the sentence should name it.
-        context_size: How many tokens a row must have.
-
-    Raises:
-        UserError: If the row cannot be used.
-    """
+def _check_tokens(value: Any, where: str, context_size: int) -> None:
+    """Refuse what is no row of token ids, or one that is shorter than the context."""
     if not isinstance(value, list) or set(map(type, value)) != {int}:
         raise UserError(f"{where} holds {shown(value)} where a list of token ids should be.")
     if len(value) < context_size:
@@ -165,18 +156,12 @@ def value_check(column: str, use_chat_formatting: bool, context_size: int) -> Ca
     """
     if use_chat_formatting:
         return _check_chat
-    return partial(check_tokens, context_size=context_size) if column in TOKEN_COLUMNS else check_text
+    return partial(_check_tokens, context_size=context_size) if column in TOKEN_COLUMNS else check_text
 
 
 def _check_chat(value: Any, where: str) -> None:
     if not isinstance(value, list):
         check_text(value, where)
-
-
-def _features(column: str, use_chat_formatting: bool) -> Features | None:
-    if use_chat_formatting:
-        return None  # as the rows have it
-    return Features({column: Sequence(Value("int32")) if column in TOKEN_COLUMNS else Value("string")})
 
 
 def _rows(
@@ -193,7 +178,7 @@ def _rows(
             yield {column: value}
 
 
-def _saved(path: Path, cfg: RunConfig) -> Dataset:
+def _saved(path: Path, cfg: LanguageModelRunConfig) -> Dataset:
     """What ``save_to_disk`` has left, with the column to train on as plain Python values."""
     try:
         dataset = load_saved_data_set(str(path))
@@ -219,16 +204,14 @@ def _saved(path: Path, cfg: RunConfig) -> Dataset:
 
 def _check_saved(values: pa.ChunkedArray, column: str, path: Path, context_size: int) -> None:
     """Look at all values of a column at once; a mapped file of millions of rows takes a second."""
-    of_tokens = column in TOKEN_COLUMNS
+    of_tokens, kind = column in TOKEN_COLUMNS, values.type
     if of_tokens:
-        is_usable = pa.types.is_nested(values.type) and pa.types.is_integer(
-            getattr(values.type, "value_type", pa.null())
-        )
+        is_usable = pa.types.is_nested(kind) and pa.types.is_integer(getattr(kind, "value_type", pa.null()))
     else:
-        is_usable = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+        is_usable = pa.types.is_string(kind) or pa.types.is_large_string(kind)
     if not is_usable:
         expected = "lists of token ids" if of_tokens else "text"
-        raise ConfigError(f"The column {column!r} of {path} holds {values.type}, not {expected}.")
+        raise ConfigError(f"The column {column!r} of {path} holds {kind}, not {expected}.")
     problems = {"is null": pc.is_null(values)}
     if of_tokens:
         too_short = pc.less(pc.list_value_length(values), context_size)

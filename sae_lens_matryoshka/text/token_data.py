@@ -2,23 +2,22 @@
 
 import logging
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute
 from datasets import Dataset, IterableDataset
-from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
+from sae_lens import ActivationsStore
 from sae_lens.pretokenize_runner import get_special_token_from_cfg
 from transformers import AutoTokenizer
 
-from sae_lens_matryoshka.errors import ConfigError
+from sae_lens_matryoshka.errors import ConfigError, first_line
+from sae_lens_matryoshka.run_files.building import LanguageModelRunConfig
 from sae_lens_matryoshka.saved.checks import read_json
 
 pc: Any = pyarrow.compute  # it makes its functions when it is imported, unseen by type checkers
 
 logger = logging.getLogger(__name__)
-
-RunConfig: TypeAlias = "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig"
 
 PRETOKENIZATION_FILENAME = "sae_lens.json"
 """What SAELens's ``PretokenizeRunner`` writes beside the tokens: how they were made."""
@@ -30,7 +29,7 @@ CHECKED_HUB_ROWS = 100
 """How many rows are looked at where they come from the Hub one by one."""
 
 
-def check_pretokenization(cfg: RunConfig) -> None:
+def check_pretokenization(cfg: LanguageModelRunConfig) -> None:
     """Compare the run with the ``sae_lens.json`` beside its data set, if there is one, as far as no model is needed.
 
     Raises:
@@ -39,14 +38,13 @@ def check_pretokenization(cfg: RunConfig) -> None:
     made = _pretokenization(cfg)
     context_size = made.get("context_size")
     if isinstance(context_size, int) and context_size < cfg.context_size:
-        raise _contradiction(cfg, "context_size", cfg.context_size, f"rows of {context_size} tokens", context_size)
+        raise _contradiction(cfg, "context_size", f"rows of {context_size} tokens", context_size)
     separate = made.get("disable_concat_sequences", cfg.disable_concat_sequences)
     if separate != cfg.disable_concat_sequences:
-        setting = cfg.disable_concat_sequences
-        raise _contradiction(cfg, "disable_concat_sequences", setting, f"tokens made with {separate}", separate)
+        raise _contradiction(cfg, "disable_concat_sequences", f"tokens made with {separate}", separate)
 
 
-def check_token_data(store: ActivationsStore, cfg: RunConfig) -> None:
+def check_token_data(store: ActivationsStore, cfg: LanguageModelRunConfig) -> None:
     """Compare the token ids of a run with its model, its tokenizer and ``prepend_bos``.
 
     Args:
@@ -71,7 +69,7 @@ def check_token_data(store: ActivationsStore, cfg: RunConfig) -> None:
     if "sequence_separator_token" in made and not made.get("disable_concat_sequences"):
         recorded, asked = made["sequence_separator_token"], cfg.sequence_separator_token
         if get_special_token_from_cfg(recorded, tokenizer) != get_special_token_from_cfg(asked, tokenizer):
-            raise _contradiction(cfg, "sequence_separator_token", asked, f"tokens made with {recorded!r}", recorded)
+            raise _contradiction(cfg, "sequence_separator_token", f"tokens made with {recorded!r}", recorded)
 
 
 def vocabulary_size(model: Any) -> int | None:
@@ -82,21 +80,21 @@ def vocabulary_size(model: Any) -> int | None:
     return None if embeddings is None else embeddings.weight.shape[0]
 
 
-def _pretokenization(cfg: RunConfig) -> dict[str, Any]:
+def _pretokenization(cfg: LanguageModelRunConfig) -> dict[str, Any]:
     path = Path(cfg.dataset_path).expanduser()
     file = (path if path.is_dir() else path.parent) / PRETOKENIZATION_FILENAME
     return read_json(file) if cfg.dataset_path and file.is_file() else {}
 
 
-def _contradiction(cfg: RunConfig, field: str, asked: Any, recorded: str, remedy: Any) -> ConfigError:
-    value = str(remedy).lower() if remedy is None or isinstance(remedy, bool) else remedy
+def _contradiction(cfg: LanguageModelRunConfig, field: str, recorded: str, remedy: Any) -> ConfigError:
+    value = "null" if remedy is None else str(remedy).lower() if isinstance(remedy, bool) else remedy
     return ConfigError(
-        f"{field}={asked!r}, but the {PRETOKENIZATION_FILENAME} of {cfg.dataset_path} speaks of {recorded}; "
-        f"set {field}={'null' if remedy is None else value}, or tokenize the text anew."
+        f"{field}={getattr(cfg, field)!r}, but the {PRETOKENIZATION_FILENAME} of {cfg.dataset_path} speaks of "
+        f"{recorded}; set {field}={value}, or tokenize the text anew."
     )
 
 
-def _some_rows(store: ActivationsStore, cfg: RunConfig) -> tuple[pa.ChunkedArray, int]:
+def _some_rows(store: ActivationsStore, cfg: LanguageModelRunConfig) -> tuple[pa.ChunkedArray, int]:
     """The tokens that are used of some rows, and how many rows it is from one to the next."""
     dataset, column = store.dataset, store.tokens_column
     n_rows, step = max(1, CHECKED_TOKENS // store.context_size), 1
@@ -112,7 +110,7 @@ def _some_rows(store: ActivationsStore, cfg: RunConfig) -> tuple[pa.ChunkedArray
     return pc.list_slice(rows, 0, store.context_size), step
 
 
-def _check_ids(rows: pa.ChunkedArray, step: int, store: ActivationsStore, cfg: RunConfig) -> None:
+def _check_ids(rows: pa.ChunkedArray, step: int, store: ActivationsStore, cfg: LanguageModelRunConfig) -> None:
     tokens, size = pc.list_flatten(rows), vocabulary_size(store.model)
     outside = pc.or_(pc.less(tokens, 0), pc.greater_equal(tokens, 2**31 if size is None else size))
     first = pc.index(pc.fill_null(outside, True), True).as_py()
@@ -128,13 +126,13 @@ def _check_ids(rows: pa.ChunkedArray, step: int, store: ActivationsStore, cfg: R
     )
 
 
-def _check_tokenizer(name: str, tokenizer: Any, cfg: RunConfig) -> None:
+def _check_tokenizer(name: str, tokenizer: Any, cfg: LanguageModelRunConfig) -> None:
     if name in (cfg.model_name, tokenizer.name_or_path):
         return
     try:
         vocabulary = AutoTokenizer.from_pretrained(name, trust_remote_code=False).get_vocab()
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = first_line(error)
         logger.warning(f"{cfg.dataset_path} was made by the tokenizer {name!r}, which cannot be compared ({reason}).")
         return
     if vocabulary != tokenizer.get_vocab():
@@ -144,7 +142,7 @@ def _check_tokenizer(name: str, tokenizer: Any, cfg: RunConfig) -> None:
         )
 
 
-def _check_bos(made: dict[str, Any], rows: pa.ChunkedArray, tokenizer: Any, cfg: RunConfig) -> None:
+def _check_bos(made: dict[str, Any], rows: pa.ChunkedArray, tokenizer: Any, cfg: LanguageModelRunConfig) -> None:
     """``prepend_bos`` only says what tokens are like, but evaluations go by it."""
     bos = tokenizer.bos_token_id
     begin_with_bos = bos is not None and pc.all(pc.equal(pc.list_element(rows, 0), bos)).as_py()

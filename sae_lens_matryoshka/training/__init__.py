@@ -3,5 +3,5 @@
 ``resumable_store`` feeds the trainer and knows its position; ``checkpointer`` writes what a run needs to go on, in a
 ``run_folder`` that belongs to one process at a time, with a ``manifest`` by which ``checkpoints`` tells whole from
 damaged; ``wandb_run`` goes on without what wandb does not take. ``training_on`` starts a run from an SAE that is there;
-``start_checks``, ``token_ids`` and ``option_checks`` refuse what a run could not use.
+``start_checks`` and ``option_checks`` refuse what a run could not use.
 """

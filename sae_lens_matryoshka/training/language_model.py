@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from sae_lens import (
-    BatchTopKTrainingSAE,
     LanguageModelSAERunnerConfig,
     LanguageModelSAETrainingRunner,
     MultiSAETrainingRunner,
@@ -24,20 +23,21 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_matryoshka.model_folders import check_model_folder
+from sae_lens_matryoshka.run_files.building import LanguageModelRunConfig
 from sae_lens_matryoshka.saved.trained_from import record_local_paths
 from sae_lens_matryoshka.text.data_set import open_data_set
 from sae_lens_matryoshka.training.fused_adam import fuse_adam
 from sae_lens_matryoshka.training.options import CheckpointOptions
 from sae_lens_matryoshka.training.resuming.checkpointer import Checkpointer
 from sae_lens_matryoshka.training.resuming.resumable_store import take_over_store
-from sae_lens_matryoshka.training.start_checks import check_context_size, check_d_in, check_is_text, loading_errors
-from sae_lens_matryoshka.training.token_ids import check_token_ids
-from sae_lens_matryoshka.training.trained_saes import (
-    SavedSAE,
-    keep_configs_of_run,
-    mark_uncalibrated,
-    put_sparsity_in_order,
+from sae_lens_matryoshka.training.start_checks import (
+    check_context_size,
+    check_d_in,
+    check_is_text,
+    check_token_ids,
+    loading_errors,
 )
+from sae_lens_matryoshka.training.trained_saes import SavedSAE, prepare_configs, put_sparsity_in_order
 from sae_lens_matryoshka.training.training_on import StartingPoint
 from sae_lens_matryoshka.training.wandb_run import wandb_run
 
@@ -55,7 +55,7 @@ class LanguageModelRunner(LanguageModelSAETrainingRunner):
         if sae is None and cfg.from_pretrained_path is not None:  # its weights come from the checkpoint
             sae = TrainingSAE.from_dict(cfg.get_training_sae_cfg_dict())
         super().__init__(cfg, override_dataset=open_data_set(cfg), override_sae=sae)
-        mark_uncalibrated(self.sae)
+        prepare_configs([self.sae])
         record_local_paths(cfg, [self.sae])
         self.start = start
         self.checkpointing = checkpointing
@@ -73,8 +73,7 @@ class LanguageModelRunner(LanguageModelSAETrainingRunner):
 
     def saved(self) -> list[SavedSAE]:
         """What a run saves, with activations from where it has left off; from the start of the text before it runs."""
-        calibrates = isinstance(self.sae, BatchTopKTrainingSAE)
-        return [SavedSAE("sae", "", lambda: self.activations_store, self.cfg.device, calibrates)]
+        return [SavedSAE("sae", "", lambda: self.activations_store, self.cfg.device)]
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> TrainingSAE[Any]:
@@ -90,10 +89,8 @@ class MultiSAERunner(MultiSAETrainingRunner):
 
     def __init__(self, cfg: MultiSAETrainingRunnerConfig, checkpointing: CheckpointOptions) -> None:
         super().__init__(cfg, override_dataset=open_data_set(cfg))
-        keep_configs_of_run(self.saes.values())
+        prepare_configs(self.saes.values())
         record_local_paths(cfg, self.saes.values())
-        for sae in self.saes.values():
-            mark_uncalibrated(sae)
         self.checkpointing = checkpointing
         take_over_store(self, checkpointing.exact, checkpointing.max_buffer_bytes)
         check_token_ids(cfg, self.model)
@@ -115,10 +112,9 @@ class MultiSAERunner(MultiSAETrainingRunner):
             return (batch[hook_name] for batch in self.activations_store.get_multi_hook_data_loader())
 
         return [
-            SavedSAE(name, name, partial(activations, hook_name), self.cfg.device,
-                     isinstance(self.saes[name], BatchTopKTrainingSAE))
+            SavedSAE(name, name, partial(activations, hook_name), self.cfg.device)
             for name, hook_name in self.cfg.hook_names_per_sae.items()
-        ]  # fmt: skip
+        ]
 
     @override
     def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> dict[str, TrainingSAE[Any]]:
@@ -129,9 +125,7 @@ class MultiSAERunner(MultiSAETrainingRunner):
 
 
 def language_model_runner(
-    cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig",
-    checkpointing: CheckpointOptions,
-    start: StartingPoint | None = None,
+    cfg: LanguageModelRunConfig, checkpointing: CheckpointOptions, start: StartingPoint | None = None
 ) -> LanguageModelRunner | MultiSAERunner:
     """The runner of a config, its model and data set loaded.
 

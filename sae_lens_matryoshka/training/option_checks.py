@@ -5,12 +5,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from sae_lens import BatchTopKTrainingSAEConfig, MultiSAETrainingRunnerConfig, TrainingSAEConfig
+from sae_lens import BatchTopKTrainingSAEConfig
 from sae_lens.synthetic import SyntheticSAERunnerConfig
 
 from sae_lens_matryoshka.errors import ConfigError
 from sae_lens_matryoshka.levels import SAVED_AS
-from sae_lens_matryoshka.run_files.building import RunnerConfigs
+from sae_lens_matryoshka.run_files.building import RunnerConfigs, sae_configs
 from sae_lens_matryoshka.training.options import CheckpointOptions, check_sample_numbers
 
 
@@ -26,7 +26,8 @@ def check_samples(configs: RunnerConfigs, calibration_samples: int | None, measu
         ConfigError: If one of them is too small, or is positive and no SAE of the run would use it.
     """
     check_sample_numbers(calibration_samples, measure_samples)
-    saes = _sae_configs(configs)
+    runs = configs.values() if isinstance(configs, dict) else [configs]
+    saes = [sae for cfg in runs for sae in sae_configs(cfg).values()]
     names = ", ".join(sorted({sae.architecture() for sae in saes}))
     if calibration_samples and not any(isinstance(sae, BatchTopKTrainingSAEConfig) for sae in saes):
         raise ConfigError(
@@ -69,9 +70,3 @@ def check_synthetic_options(
             f"logger.wandb_id={wandb_id!r} is one id, but each of saes is a wandb run of its own on a synthetic "
             f"model. --unset logger.wandb_id takes it out of the run file."
         )
-
-
-def _sae_configs(configs: RunnerConfigs) -> list[TrainingSAEConfig]:
-    if isinstance(configs, dict):
-        return [cfg.sae for cfg in configs.values()]
-    return list(configs.saes.values()) if isinstance(configs, MultiSAETrainingRunnerConfig) else [configs.sae]

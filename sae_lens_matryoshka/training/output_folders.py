@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
-from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.errors import UserError, listed
 from sae_lens_matryoshka.saved.level_figures import LEVELS_FILENAME
 from sae_lens_matryoshka.training.resuming.manifest import MANIFEST_FILENAME
 from sae_lens_matryoshka.untrusted.bounded import load_json
@@ -120,8 +120,7 @@ def check_apart(output: Path, checkpoint_path: Path) -> None:
     Raises:
         UserError: If they would lie there.
     """
-    first, second = output.resolve(), checkpoint_path.resolve()
-    if first == second or first in second.parents:
+    if checkpoint_path.resolve().is_relative_to(output.resolve()):
         raise UserError(
             f"checkpoint_path={str(checkpoint_path)!r} lies in the output {output}, which appears when all is trained; "
             f"name a folder beside it, such as {output.parent / 'checkpoints'}."
@@ -243,6 +242,5 @@ def _remove_unless_trained(staging: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _listed(paths: list[Path], folder: Path, at_most: int = 3) -> str:
-    names = list(dict.fromkeys(str(path.relative_to(folder)) for path in paths))
-    return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
+def _listed(paths: list[Path], folder: Path) -> str:
+    return listed(list(dict.fromkeys(str(path.relative_to(folder)) for path in paths)), 3)

@@ -7,24 +7,25 @@ in their place -> thresholds calibrated on fresh activations -> figures a level.
 import copy
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_lens import LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
+from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.synthetic import RUNNER_CONFIG_FILENAME, SyntheticSAERunnerConfig
 from safetensors import SafetensorError
 
 from sae_lens_matryoshka.errors import ConfigError, UserError
 from sae_lens_matryoshka.run_files.building import (
+    LanguageModelRunConfig,
     RunnerConfig,
     RunnerConfigs,
     build_runner_configs,
     check_runner_config,
 )
+from sae_lens_matryoshka.saved.level_figures import read_level_figures
 from sae_lens_matryoshka.training.language_model import language_model_runner
 from sae_lens_matryoshka.training.option_checks import check_samples, check_synthetic_options
 from sae_lens_matryoshka.training.options import CheckpointOptions
@@ -46,9 +47,8 @@ from sae_lens_matryoshka.training.trained_saes import (
     TrainedSAE,
     complete,
     is_complete,
-    read_finished,
 )
-from sae_lens_matryoshka.training.training_on import StartingPoint, load_starting_point
+from sae_lens_matryoshka.training.training_on import load_starting_point
 
 logger = logging.getLogger(__name__)
 
@@ -60,14 +60,14 @@ class TrainResult:
     output: Path
     """The folder that holds everything."""
 
-    saes: list[TrainedSAE] = field(default_factory=list)
+    saes: list[TrainedSAE]
 
     was_finished: bool = False
     """Whether the run was resumed when everything was there already, so that nothing was done."""
 
 
 def train(
-    run: "Mapping[str, Any] | RunnerConfig",
+    run: Mapping[str, Any] | RunnerConfig,
     output: str | Path | None = None,
     resume: str | Path | None = None,
     force: bool = False,
@@ -114,7 +114,10 @@ def train(
         check_synthetic_options(configs, resume, checkpointing)
         check_output(output_path, force)
         with output_lock(output_path):
-            return _finish(_train_on_synthetic_model(configs, output_path, force), output_path, samples)
+            with staged_folder(output_path, force, (SCORES_FILENAME, SCORES_FIGURE_FILENAME)) as staging:
+                saved = train_on_synthetic_model(configs, staging)
+                _record_output_path(staging, output_path)
+            return _finish(saved, output_path, samples)
     with output_lock(output_path):
         resume = configs.resume_from_checkpoint if resume is None else resume
         other = why_not_finished(output_path, configs, samples.calibration) if resume == "auto" else None
@@ -123,12 +126,13 @@ def train(
             return _finish(saved, output_path, samples)
         folders = sae_folders(output_path, configs)
         if all(is_complete(folder, measure_samples) for folder in folders.values()):
-            return TrainResult(output_path, [read_finished(*named) for named in folders.items()], was_finished=True)
+            finished = [TrainedSAE(name, path, None, read_level_figures(path)) for name, path in folders.items()]
+            return TrainResult(output_path, finished, was_finished=True)
         logger.info(f"The SAEs in {output_path} are trained, and are now calibrated and measured.")
         return _finish(language_model_runner(configs, checkpointing).saved(), output_path, samples)
 
 
-def _runner_configs(run: "Mapping[str, Any] | RunnerConfig", trust_remote_code: bool) -> RunnerConfigs:
+def _runner_configs(run: Mapping[str, Any] | RunnerConfig, trust_remote_code: bool) -> RunnerConfigs:
     """The configs of a run; SAELens's own objects are copied, since training sets fields of them."""
     if isinstance(run, Mapping):
         return build_runner_configs(run, trust_remote_code)
@@ -146,17 +150,8 @@ def _finish(saved: list[SavedSAE], output: Path, samples: Samples) -> TrainResul
     return TrainResult(output, saes)
 
 
-def _train_on_synthetic_model(
-    configs: dict[str, SyntheticSAERunnerConfig[Any]], output: Path, force: bool
-) -> list[SavedSAE]:
-    with staged_folder(output, force, (SCORES_FILENAME, SCORES_FIGURE_FILENAME)) as staging:
-        saved = train_on_synthetic_model(configs, staging)
-        _record_output_path(staging, output)
-    return saved
-
-
 def _train_on_language_model(
-    cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig",
+    cfg: LanguageModelRunConfig,
     output: Path,
     resume: str | Path | None,
     force: bool,
@@ -166,12 +161,23 @@ def _train_on_language_model(
     """Train and save; ``other`` says why what may be in the output is not what the run would write."""
     check_output(output, force, other)
     cfg.resume_from_checkpoint = None if resume is None else find_checkpoint(cfg, resume)
-    start = _starting_point(cfg)
+    start = None
+    if (
+        isinstance(cfg, LanguageModelSAERunnerConfig)
+        and cfg.from_pretrained_path is not None
+        and cfg.resume_from_checkpoint is None
+    ):
+        start = load_starting_point(cfg.from_pretrained_path, cfg.sae)
     with staged_folder(output, force) as staging, checkpoint_folder(cfg):
         cfg.output_path = str(staging)
         runner = language_model_runner(cfg, checkpointing, start)
-        with _saving_errors(output):
+        try:
             runner.run()
+        except SafetensorError as error:  # which is not an OSError
+            raise UserError(
+                f"The trained SAE could not be saved to {output} ({error}); make room and run again, with --resume "
+                f"auto where there are checkpoints."
+            ) from error
         _record_output_path(staging, output)
         return runner.saved()
 
@@ -187,32 +193,10 @@ def _output_path(output: str | Path | None) -> Path:
     return resolved if ".." in path.parts else path  # a folder on the way there need not exist
 
 
-def _starting_point(cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig") -> StartingPoint | None:
-    """The SAE that a run trains on from; None if it starts a new one, or goes on from a checkpoint of its own."""
-    if isinstance(cfg, MultiSAETrainingRunnerConfig) or cfg.from_pretrained_path is None:
-        return None
-    if cfg.resume_from_checkpoint is not None:
-        return None
-    return load_starting_point(cfg.from_pretrained_path, cfg.sae)
-
-
 def _record_output_path(staging: Path, output: Path) -> None:
     """Put the final folder in place of the temporary one in the runner configs that SAELens has written."""
     for name in (RUNNER_CFG_FILENAME, RUNNER_CONFIG_FILENAME):
         for path in staging.rglob(name):
             runner_cfg = json.loads(path.read_text(encoding="utf-8"))
-            written = Path(runner_cfg["output_path"])
-            runner_cfg["output_path"] = str(output / written.relative_to(staging))
+            runner_cfg["output_path"] = str(output / Path(runner_cfg["output_path"]).relative_to(staging))
             path.write_text(json.dumps(runner_cfg, indent=2), encoding="utf-8")
-
-
-@contextmanager
-def _saving_errors(output: Path) -> Iterator[None]:
-    """Say in one sentence that the trained SAE cannot be saved; safetensors' own error is not an OSError."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise UserError(
-            f"The trained SAE could not be saved to {output} ({error}); make room and run again, with --resume auto "
-            f"where there are checkpoints."
-        ) from error

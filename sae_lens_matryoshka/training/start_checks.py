@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 from datasets.exceptions import DatasetGenerationError
-from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
+from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig
 from sae_lens import logger as saelens_logger
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
-from sae_lens_matryoshka.errors import ConfigError, UserError
+from sae_lens_matryoshka.errors import ConfigError, UserError, first_line
+from sae_lens_matryoshka.run_files.building import LanguageModelRunConfig
 
 
 @contextmanager
-def loading_errors(cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig") -> Iterator[None]:
+def loading_errors(cfg: LanguageModelRunConfig) -> Iterator[None]:
     """Say in one sentence what could not be loaded, and for model and data set how to use local copies."""
     try:
         with _as_configured():
@@ -26,10 +27,10 @@ def loading_errors(cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRun
         raise
     except OSError as error:  # what transformers, datasets and huggingface_hub raise for missing files and no network
         what = f"data set {cfg.dataset_path!r}" if cfg.dataset_path in str(error) else f"model {cfg.model_name!r}"
-        reason = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(
-            f"Could not load the {what} from the Hugging Face Hub or the local cache ({reason}); to use local copies "
-            f"set model_name and dataset_path to their folders: --set model_name=DIR --set dataset_path=DIR."
+            f"Could not load the {what} from the Hugging Face Hub or the local cache ({first_line(error)}); to use "
+            f"local copies set model_name and dataset_path to their folders: --set model_name=DIR --set "
+            f"dataset_path=DIR."
         ) from error
     except SafetensorError as error:
         raise ConfigError(
@@ -66,7 +67,7 @@ def _as_configured() -> Iterator[None]:
         saelens_logger.removeFilter(says_something_else)
 
 
-def check_context_size(cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig") -> None:
+def check_context_size(cfg: LanguageModelRunConfig) -> None:
     """Refuse a context that is longer than the model's, before the model is loaded.
 
     Models whose config cannot be read by itself are left to SAELens.
@@ -86,7 +87,7 @@ def check_context_size(cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainin
         )
 
 
-def check_is_text(cfg: "LanguageModelSAERunnerConfig[Any]", store: ActivationsStore) -> None:
+def check_is_text(cfg: LanguageModelSAERunnerConfig[Any], store: ActivationsStore) -> None:
     """Refuse tokens where the run file says that the data set holds text: SAELens goes by the data set's columns.
 
     That it is said to hold tokens is SAELens's default, so it does not count as said.
@@ -103,6 +104,28 @@ def check_is_text(cfg: "LanguageModelSAERunnerConfig[Any]", store: ActivationsSt
             f"is_dataset_tokenized=False, but the data set has a column {store.tokens_column!r}, which is what SAELens "
             f"trains on; set is_dataset_tokenized=true, or rename the column."
         )
+
+
+def check_token_ids(cfg: LanguageModelRunConfig, model: Any) -> None:
+    """Refuse token ids that the model does not have: excluding them would exclude nothing.
+
+    Args:
+        cfg: The run's config.
+        model: The model that SAELens has loaded, with its tokenizer where it has one.
+
+    Raises:
+        ConfigError: If ``exclude_special_tokens`` or ``sequence_separator_token`` names such an id.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    vocabulary = range(model.cfg.d_vocab) if tokenizer is None else set(tokenizer.get_vocab().values())
+    for field in ("exclude_special_tokens", "sequence_separator_token"):
+        value = getattr(cfg, field)
+        ids = value if isinstance(value, list) else [value]
+        if unknown := [i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i not in vocabulary]:
+            raise ConfigError(
+                f"{field}={value!r}: {unknown[0]} is not a token of {cfg.model_name}, whose ids go up to "
+                f"{max(vocabulary)}."
+            )
 
 
 def check_d_in(store: ActivationsStore, d_in: Mapping[str, int]) -> None:

@@ -2,14 +2,13 @@
 
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import BatchTopKTrainingSAE, logger
+from sae_lens import logger
 from sae_lens.synthetic import SyntheticModel, SyntheticSAERunner, SyntheticSAERunnerConfig
 from torch import Tensor
 
@@ -17,13 +16,7 @@ from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.measuring.synthetic_scores import plot_scores, score_on_synthetic_model
 from sae_lens_matryoshka.run_files.building import check_synthetic_d_in
 from sae_lens_matryoshka.training.output_folders import SCORES_FIGURE_FILENAME, SCORES_FILENAME
-from sae_lens_matryoshka.training.trained_saes import (
-    SavedSAE,
-    TrainedSAE,
-    keep_configs_of_run,
-    mark_uncalibrated,
-    put_sparsity_in_order,
-)
+from sae_lens_matryoshka.training.trained_saes import SavedSAE, TrainedSAE, prepare_configs, put_sparsity_in_order
 from sae_lens_matryoshka.training.wandb_run import wandb_run
 from sae_lens_matryoshka.untrusted.csv_tables import write_csv
 
@@ -53,24 +46,17 @@ def train_on_synthetic_model(configs: dict[str, SyntheticSAERunnerConfig[Any]], 
         torch.manual_seed(synthetic_model.cfg.seed or 0)
         logger.info(f"Training {name} on the synthetic model")
         runner = SyntheticSAERunner(cfg, override_synthetic_model=synthetic_model)
-        keep_configs_of_run([runner.sae])
-        mark_uncalibrated(runner.sae)
-        with wandb_run(cfg), _training_errors(name):
-            sae = runner.run().sae
+        prepare_configs([runner.sae])
+        try:
+            with wandb_run(cfg):
+                sae = runner.run().sae
+        except (OSError, ValueError) as error:  # a file that could not be written; numbers that are not finite
+            raise UserError(f"The SAE {name!r} cannot be trained on the synthetic model: {error}") from error
         put_sparsity_in_order(staging / folder, sae)
         activations = partial(_samples, synthetic_model, cfg.batch_size)
         score = partial(score_on_synthetic_model, synthetic_model=synthetic_model, n_samples=cfg.eval_samples)
-        saved.append(SavedSAE(name, folder, activations, cfg.device, isinstance(sae, BatchTopKTrainingSAE), score))
+        saved.append(SavedSAE(name, folder, activations, cfg.device, score))
     return saved
-
-
-@contextmanager
-def _training_errors(name: str) -> Iterator[None]:
-    """Say in one sentence which SAE's numbers are not finite, or which file could not be written."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise UserError(f"The SAE {name!r} cannot be trained on the synthetic model: {error}") from error
 
 
 def write_scores(saes: Iterable[TrainedSAE], output: Path) -> None:

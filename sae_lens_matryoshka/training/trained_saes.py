@@ -87,9 +87,6 @@ class SavedSAE:
     device: str
     """Where to compute."""
 
-    calibrates: bool
-    """Whether its threshold stands for BatchTopK's selection, and wants calibrating."""
-
     score: Callable[[SAE[Any]], SyntheticScores] | None = None
     """Scores the SAE against known features; None where there are none."""
 
@@ -106,20 +103,24 @@ def complete(saved: SavedSAE, output: Path, samples: Samples) -> TrainedSAE:
     done = TrainedSAE(saved.name, path, None, [])
     step = "calibrated"
     try:
-        if saved.calibrates and _calibrated_on(read_config(path)) is None:
+        if _calibrated_on(read_config(path)) is None:
             done = replace(done, calibration=_calibrate_saved(path, saved, samples.calibration))
         step = "measured"
         done = replace(done, levels=_measure_saved(path, saved, samples.measuring))
         step = "scored"
         if saved.score is not None:
             done = replace(done, scores=saved.score(SAE.load_from_disk(path, device=saved.device)))
-    except KeyboardInterrupt:
-        logger.warning(_incomplete(saved, path, step, "interrupted"))
-        raise
-    except Exception as error:
-        why = " ".join(str(error).split()) or type(error).__name__
-        done = replace(done, incomplete=_incomplete(saved, path, step, why))
-        logger.warning(done.incomplete)
+    except (Exception, KeyboardInterrupt) as error:
+        is_interrupted = isinstance(error, KeyboardInterrupt)
+        why = "interrupted" if is_interrupted else " ".join(str(error).split()) or type(error).__name__
+        incomplete = (
+            f"The SAE is saved in {path}, but has not been {step} ({why}); the same command with "
+            f"{'--resume auto' if saved.score is None else '--force'} makes up for it."
+        )
+        logger.warning(incomplete)
+        if is_interrupted:
+            raise
+        done = replace(done, incomplete=incomplete)
     return done
 
 
@@ -143,13 +144,6 @@ def _calibrated_on(cfg: Mapping[str, Any]) -> int | None:
     return (cfg.get("metadata") or {}).get(CALIBRATION_SAMPLES, 0)
 
 
-def _incomplete(saved: SavedSAE, path: Path, step: str, why: str) -> str:
-    remedy = "--resume auto" if saved.score is None else "--force"
-    return (
-        f"The SAE is saved in {path}, but has not been {step} ({why}); the same command with {remedy} makes up for it."
-    )
-
-
 def _calibrate_saved(path: Path, saved: SavedSAE, n_samples: int) -> ThresholdCalibration | None:
     """Move the thresholds of a saved SAE, and record on how many samples, 0 for none."""
     sae: Any = SAE.load_from_disk(path, device=saved.device)
@@ -159,12 +153,6 @@ def _calibrate_saved(path: Path, saved: SavedSAE, n_samples: int) -> ThresholdCa
         for file in sae.save_model(folder):
             Path(file).replace(path / Path(file).name)
     return calibration
-
-
-def keep_configs_of_run(saes: Iterable[TrainingSAE[Any]]) -> None:
-    """SAELens edits an SAE's config when it folds its normalization in, and would record that as the run's."""
-    for sae in saes:
-        sae.cfg = copy.deepcopy(sae.cfg)
 
 
 def _measure_saved(path: Path, saved: SavedSAE, n_samples: int) -> list[LevelMetrics]:
@@ -178,15 +166,15 @@ def _measure_saved(path: Path, saved: SavedSAE, n_samples: int) -> list[LevelMet
     return levels
 
 
-def read_finished(name: str, folder: Path) -> TrainedSAE:
-    """What a run that has been finished left of an SAE, its levels as they were measured then."""
-    return TrainedSAE(name, folder, None, read_level_figures(folder))
+def prepare_configs(saes: Iterable[TrainingSAE[Any]]) -> None:
+    """Give SAEs that are about to be trained configs of their own, where those saved say that they want calibrating.
 
-
-def mark_uncalibrated(sae: TrainingSAE[Any]) -> None:
-    """Have the saved SAE say that its threshold has not been calibrated, if it has one that wants it."""
-    if isinstance(sae, BatchTopKTrainingSAE):
-        setattr(sae.cfg.metadata, CALIBRATION_SAMPLES, None)
+    SAELens edits an SAE's config when it folds its normalization in, and would record that as the run's.
+    """
+    for sae in saes:
+        sae.cfg = copy.deepcopy(sae.cfg)
+        if isinstance(sae, BatchTopKTrainingSAE):
+            setattr(sae.cfg.metadata, CALIBRATION_SAMPLES, None)
 
 
 def put_sparsity_in_order(path: Path, sae: TrainingSAE[Any]) -> None:

@@ -9,8 +9,6 @@ is trained -> SAE of that class. The optimizer's state stays behind, since it be
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,26 +89,20 @@ def load_starting_point(path: str, cfg: TrainingSAEConfig) -> StartingPoint:
         ConfigError: If there is no SAE, it cannot be loaded whole, or the run file asks for something that its weights
             cannot be trained as; the message names the field.
     """
-    with _named_errors(path):
-        folder = Path(path).expanduser()
+    folder = Path(path).expanduser()
+    try:
         source, is_checkpoint = _load(folder)
         _check_agrees(source, cfg)
         scaler_path = _check_normalization(source, is_checkpoint, cfg, folder)
         state = _state(source, cfg)
         with loading_errors(str(folder)):
             sae = TrainingSAE.load_from_disk(folder, converter=lambda *_, **__: (cfg.to_dict(), state))
-        if isinstance(sae, BatchTopKTrainingSAE):  # SAELens has cast its float64 to the dtype of the parameters
-            sae.topk_threshold = state["topk_threshold"].double()
-    reads_raw_activations = cfg.normalize_activations == _SCALED and source.cfg.normalize_activations == "none"
-    return StartingPoint(sae, scaler_path, reads_raw_activations)
-
-
-@contextmanager
-def _named_errors(path: str) -> Iterator[None]:
-    try:
-        yield
     except UserError as error:
         raise ConfigError(f"from_pretrained_path={path!r}: {error}") from error
+    if isinstance(sae, BatchTopKTrainingSAE):  # SAELens has cast its float64 to the dtype of the parameters
+        sae.topk_threshold = state["topk_threshold"].double()
+    reads_raw_activations = cfg.normalize_activations == _SCALED and source.cfg.normalize_activations == "none"
+    return StartingPoint(sae, scaler_path, reads_raw_activations)
 
 
 def _load(folder: Path) -> tuple[SAE[Any], bool]:

@@ -14,13 +14,15 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeAlias
+from typing import Any
 
 import requests
 import wandb
-from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, MultiSAETrainingRunnerConfig
-from sae_lens.synthetic import SyntheticSAERunnerConfig
+from sae_lens import LoggingConfig, MultiSAETrainingRunnerConfig
 from typing_extensions import override
+
+from sae_lens_matryoshka.errors import first_line
+from sae_lens_matryoshka.run_files.building import RunnerConfig
 
 SECONDS_TO_ANSWER = 10.0
 """How long the server may take to answer at the start."""
@@ -28,14 +30,10 @@ SECONDS_TO_ANSWER = 10.0
 SECONDS_TO_FINISH = 600.0
 """How long to wait at the end for what has not been sent yet. It stays on disk and can be synced."""
 
-MAX_ARTIFACT_NAME = 128
-"""How long wandb lets the name of an artifact be."""
+MAX_ARTIFACT_NAME = 128 - len("_log_feature_sparsity")
+"""How long wandb lets the name of an artifact be, without what SAELens adds to it for the second one of an SAE."""
 
 logger = logging.getLogger(__name__)
-
-RunnerConfig: TypeAlias = (
-    "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig | SyntheticSAERunnerConfig[Any]"
-)
 
 
 @contextmanager
@@ -70,14 +68,13 @@ def wandb_run(cfg: RunnerConfig) -> Iterator[None]:
                 setattr(wandb, name, originals[name])
 
 
-def artifact_name(name: str, max_length: int = MAX_ARTIFACT_NAME) -> str:
-    """A name for an artifact that wandb takes: SAELens's where it does, else with underscores, and not too long.
+def artifact_name(name: str) -> str:
+    """A name for an artifact that wandb takes: SAELens's where it does, else with underscores, the end of a long one.
 
     Args:
         name: The name to make it from, as SAELens's ``get_name`` gives it.
-        max_length: How long it may be; of a longer one the end is kept.
     """
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", name.replace("/", "__"))[-max_length:]
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name.replace("/", "__"))[-MAX_ARTIFACT_NAME:]
 
 
 class _Tolerance:
@@ -93,7 +90,7 @@ class _Tolerance:
                 return function(*arguments, **options)
             except Exception as error:  # whatever it is, it is not worth the run
                 if not self.has_warned:
-                    logger.warning(f"wandb cannot take all that this run logs ({_reason(error)}); training goes on.")
+                    logger.warning(f"wandb cannot take all that this run logs ({first_line(error)}); training goes on.")
                 self.has_warned = True
 
         return tolerant
@@ -119,8 +116,7 @@ class _TolerantLogging(LoggingConfig):
         name = trainer.sae.get_name()
         if self._is_of_several:  # SAELens's name is made of model, hook and width, which they may share
             name += f"_{Path(weights_path).parent.name}"
-        # SAELens calls the second artifact by the name of the first and this
-        name = artifact_name(name, MAX_ARTIFACT_NAME - len("_log_feature_sparsity"))
+        name = artifact_name(name)
         named = SimpleNamespace(sae=SimpleNamespace(get_name=lambda: name), cfg=trainer.cfg)
         self._tolerance.of(super().log)(named, weights_path, cfg_path, sparsity_path, wandb_aliases)
 
@@ -136,7 +132,7 @@ def _start(cfg: RunnerConfig) -> bool:
         except Exception as error:  # no answer; no login or no right to write there
             wandb.setup(wandb.Settings(mode="offline"))
             no_answer = isinstance(error, requests.RequestException)
-            reason = f"{settings.base_url} does not answer" if no_answer else _reason(error)
+            reason = f"{settings.base_url} does not answer" if no_answer else first_line(error)
             logger.warning(
                 f"wandb cannot be used ({reason}), so this run logs offline, below {settings.wandb_dir}; the command "
                 f"that sends it is shown at the end, wandb sync and its folder."
@@ -145,7 +141,7 @@ def _start(cfg: RunnerConfig) -> bool:
         _init_as_saelens_does(cfg)
         return True
     except Exception as error:  # settings that it does not take, a folder that cannot be written
-        logger.warning(f"wandb cannot be used ({_reason(error)}), so this run logs nothing there.")
+        logger.warning(f"wandb cannot be used ({first_line(error)}), so this run logs nothing there.")
         return False
 
 
@@ -161,8 +157,3 @@ def _init_as_saelens_does(cfg: RunnerConfig) -> None:
         id=cfg.logger.wandb_id,
         **options,
     )
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")

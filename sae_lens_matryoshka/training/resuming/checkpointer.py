@@ -20,9 +20,9 @@ from sae_lens import SAETrainer
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from safetensors import SafetensorError
 
-from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.errors import UserError, first_line
 from sae_lens_matryoshka.training.options import CheckpointOptions
-from sae_lens_matryoshka.training.resuming.manifest import flush_folder, has_all_files, write_manifest
+from sae_lens_matryoshka.training.resuming.manifest import find_damage, flush_folder, write_manifest
 from sae_lens_matryoshka.training.resuming.run_folder import partial_name
 
 logger = logging.getLogger(__name__)
@@ -74,14 +74,14 @@ class Checkpointer:
             with self._finished_step_counted(checkpoint_name):
                 self._save_as_saelens_does(partial.name, *saelens_arguments, **saelens_options)
             n_bytes = write_manifest(partial)
-            self._remove(checkpoint)  # damaged, or a resumed run would not pass it again
+            _remove(checkpoint)  # damaged, or a resumed run would not pass it again
             partial.rename(checkpoint)
             flush_folder(self.folder)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError when a disk is full
             shutil.rmtree(partial, ignore_errors=True)
             megabytes = shutil.disk_usage(self.folder).free / 1e6
             raise UserError(
-                f"The checkpoint {checkpoint} could not be written ({_first_line(error)}); {megabytes:,.1f} MB are free"
+                f"The checkpoint {checkpoint} could not be written ({first_line(error)}); {megabytes:,.1f} MB are free"
             ) from error
         self.last_checkpoint = checkpoint
         logger.info(f"Checkpoint {checkpoint}: {n_bytes / 1e6:.1f} MB in {time.perf_counter() - started:.2f} s")
@@ -104,7 +104,7 @@ class Checkpointer:
         try:
             yield
         except (OSError, ValueError) as error:  # a vanished file; numbers that are not finite; our own errors
-            raise UserError(f"{_first_line(error)}; {self._what_stands()}.") from error
+            raise UserError(f"{first_line(error)}; {self._what_stands()}.") from error
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -133,22 +133,13 @@ class Checkpointer:
                 trainer.n_training_steps -= one_more
 
     def _remove_old(self) -> None:
-        assert self.folder is not None
-        if self.options.keep is None:
+        if self.folder is None or self.options.keep is None:
             return
         # by age: resumed from an older checkpoint, a run writes lower numbers than are there; damaged ones are none
-        checkpoints = [path for path in self.folder.iterdir() if path.name.isdecimal() and has_all_files(path)]
+        numbered = [path for path in self.folder.iterdir() if path.name.isdecimal()]
+        checkpoints = [path for path in numbered if find_damage(path, read_contents=False) is None]
         for path in sorted(checkpoints, key=lambda path: path.stat().st_mtime_ns)[: -self.options.keep]:
-            self._remove(path)
-
-    def _remove(self, checkpoint: Path) -> None:
-        """Remove a checkpoint so that what a kill leaves of it does not look like one."""
-        assert self.folder is not None
-        if checkpoint.exists():
-            removed = self.folder / partial_name(f"{checkpoint.name}.removed")
-            shutil.rmtree(removed, ignore_errors=True)
-            checkpoint.rename(removed)
-            shutil.rmtree(removed)
+            _remove(path)
 
     def _what_stands(self) -> str:
         if self.last_checkpoint is None:
@@ -156,6 +147,10 @@ class Checkpointer:
         return f"the last checkpoint is {self.last_checkpoint}, continue from it with --resume auto"
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint so that what a kill leaves of it does not look like one."""
+    if checkpoint.exists():
+        removed = checkpoint.with_name(partial_name(f"{checkpoint.name}.removed"))
+        shutil.rmtree(removed, ignore_errors=True)
+        checkpoint.rename(removed)
+        shutil.rmtree(removed)

@@ -9,9 +9,9 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from sae_lens import LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
+from sae_lens import MultiSAETrainingRunnerConfig
 from sae_lens.constants import (
     ACTIVATION_SCALER_CFG_FILENAME,
     ACTIVATIONS_STORE_STATE_FILENAME,
@@ -22,14 +22,13 @@ from sae_lens.constants import (
 )
 from safetensors import SafetensorError, safe_open
 
-from sae_lens_matryoshka.errors import ConfigError
+from sae_lens_matryoshka.errors import ConfigError, listed
+from sae_lens_matryoshka.run_files.building import LanguageModelRunConfig, sae_configs
 from sae_lens_matryoshka.saved.checks import check_saved_sae
 from sae_lens_matryoshka.training.resuming.manifest import MANIFEST_FILENAME, find_damage
 from sae_lens_matryoshka.untrusted.bounded import load_json
 
 logger = logging.getLogger(__name__)
-
-RunnerConfig: TypeAlias = "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig"
 
 _RUNNER_FILES = (ACTIVATIONS_STORE_STATE_FILENAME, RUNNER_CFG_FILENAME)
 _SAE_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME, ACTIVATION_SCALER_CFG_FILENAME)
@@ -50,7 +49,7 @@ _SAE_MAY_DIFFER = {"device", "metadata"}
 """The same for the config of an SAE: SAELens sets them in the course of a run."""
 
 
-def find_checkpoint(cfg: RunnerConfig, resume: str | Path) -> str | None:
+def find_checkpoint(cfg: LanguageModelRunConfig, resume: str | Path) -> str | None:
     """The checkpoint folder that a run should resume from. What ``"auto"`` decides is logged in one line.
 
     Args:
@@ -75,7 +74,7 @@ def find_checkpoint(cfg: RunnerConfig, resume: str | Path) -> str | None:
     return None if checkpoint is None else str(checkpoint)
 
 
-def why_not_finished(output: Path, cfg: RunnerConfig, calibration_samples: int) -> str | None:
+def why_not_finished(output: Path, cfg: LanguageModelRunConfig, calibration_samples: int) -> str | None:
     """Why an output folder does not hold what a run would write there, in a few words; None if it does.
 
     That is all its SAEs, made with the same settings. How many samples the levels were measured on is no such setting:
@@ -87,7 +86,7 @@ def why_not_finished(output: Path, cfg: RunnerConfig, calibration_samples: int) 
         calibration_samples: How many samples thresholds would be calibrated on.
     """
     try:
-        made = load_json((output / RUNNER_CFG_FILENAME).read_text(encoding="utf-8"))
+        made = _made_with(output)
         saved_cfgs = [check_saved_sae(folder) for folder in sae_folders(output, cfg).values()]
     except (OSError, ValueError):
         return "it does not hold the SAEs of this run"
@@ -100,18 +99,18 @@ def why_not_finished(output: Path, cfg: RunnerConfig, calibration_samples: int) 
     calibrated_on = [(saved.get("metadata") or {}).get("calibration_samples") for saved in saved_cfgs]
     if any(n_samples not in (None, calibration_samples) for n_samples in calibrated_on):
         different.append("--calibration-samples")
-    return f"it was made with other settings of {_listed(different)}" if different else None
+    return f"it was made with other settings of {listed(different, 5)}" if different else None
 
 
-def sae_folders(output: Path, cfg: RunnerConfig) -> dict[str, Path]:
+def sae_folders(output: Path, cfg: LanguageModelRunConfig) -> dict[str, Path]:
     """Where a run saves its SAEs, by name: in the output folder itself for one, in a folder each for several."""
     if isinstance(cfg, MultiSAETrainingRunnerConfig):
         return {name: output / name for name in cfg.saes}
     return {"sae": output}
 
 
-def _check_resumable(checkpoint: Path, cfg: RunnerConfig) -> None:
-    if reason := why_incomplete(checkpoint):
+def _check_resumable(checkpoint: Path, cfg: LanguageModelRunConfig) -> None:
+    if reason := _why_incomplete(checkpoint):
         raise ConfigError(
             f"{checkpoint} is not a complete SAELens checkpoint ({reason}); give another or --resume auto."
         )
@@ -122,12 +121,12 @@ def _check_resumable(checkpoint: Path, cfg: RunnerConfig) -> None:
         )
     if different := _different_fields(_made_with(checkpoint), cfg):
         raise ConfigError(
-            f"The checkpoint {checkpoint} was made with other settings of {_listed(different)}, and a resumed run goes "
-            f"on as it was; set them as they were, or train on from its weights with from_pretrained_path."
+            f"The checkpoint {checkpoint} was made with other settings of {listed(different, 5)}, and a resumed run "
+            f"goes on as it was; set them as they were, or train on from its weights with from_pretrained_path."
         )
 
 
-def _newest_checkpoint(cfg: RunnerConfig) -> tuple[Path | None, str]:
+def _newest_checkpoint(cfg: LanguageModelRunConfig) -> tuple[Path | None, str]:
     """The newest complete checkpoint of the same run; if there is none, why."""
     if cfg.checkpoint_path is None:
         return None, "checkpoint_path is null"
@@ -137,16 +136,16 @@ def _newest_checkpoint(cfg: RunnerConfig) -> tuple[Path | None, str]:
     candidates = [path for path in folder.glob("*/*") if path.name.isdecimal() and path.is_dir()]
     reason = ""
     for checkpoint in sorted(candidates, key=lambda path: path.stat().st_mtime, reverse=True):
-        if damage := why_incomplete(checkpoint):
+        if damage := _why_incomplete(checkpoint):
             logger.warning(f"The checkpoint {checkpoint} is passed over: {damage}.")
         elif different := _different_fields(_made_with(checkpoint), cfg):
-            reason = reason or f"{checkpoint} was made with other settings of {_listed(different)}"
+            reason = reason or f"{checkpoint} was made with other settings of {listed(different, 5)}"
         else:
             return checkpoint, ""
     return None, reason or f"there is no {'complete ' if candidates else ''}checkpoint below {folder}"
 
 
-def why_incomplete(checkpoint: Path) -> str | None:
+def _why_incomplete(checkpoint: Path) -> str | None:
     """What a folder lacks of what SAELens reads when it resumes a run on a language model; None if nothing.
 
     Checkpoints that ``train`` has made list their files with digests, which are compared. Of others, the files are
@@ -154,19 +153,15 @@ def why_incomplete(checkpoint: Path) -> str | None:
     """
     if not checkpoint.is_dir():
         return "there is no such folder"
-    names = [*_RUNNER_FILES, *(f"{folder}{name}" for folder in _sae_folders(checkpoint) for name in _SAE_FILES)]
+    # several SAEs are in a folder each, one is in the checkpoint itself
+    folders = sorted(f"{path.parent.name}/" for path in checkpoint.glob(f"*/{SAE_CFG_FILENAME}")) or [""]
+    names = [*_RUNNER_FILES, *(f"{folder}{name}" for folder in folders for name in _SAE_FILES)]
     for name in names:
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
     if (checkpoint / MANIFEST_FILENAME).is_file():
         return find_damage(checkpoint)
     return next((f"{name} is damaged" for name in names if not _is_readable(checkpoint / name)), None)
-
-
-def _sae_folders(checkpoint: Path) -> list[str]:
-    """Where the SAEs are: in the folder itself for one, in a folder each for several."""
-    folders = sorted(f"{path.parent.name}/" for path in checkpoint.glob(f"*/{SAE_CFG_FILENAME}"))
-    return folders or [""]
 
 
 def _is_readable(path: Path) -> bool:
@@ -187,7 +182,7 @@ def _made_with(checkpoint: Path) -> dict[str, Any]:
     return load_json((checkpoint / RUNNER_CFG_FILENAME).read_text(encoding="utf-8"))
 
 
-def _different_fields(made: Mapping[str, Any], cfg: RunnerConfig) -> list[str]:
+def _different_fields(made: Mapping[str, Any], cfg: LanguageModelRunConfig) -> list[str]:
     """The fields in which a run's config differs from one that SAELens has written, the SAEs' fields included."""
     wanted_fields = dict(_compared_fields(json.loads(json.dumps(cfg.to_dict()))))
     made_fields = dict(_compared_fields(made))
@@ -196,9 +191,9 @@ def _different_fields(made: Mapping[str, Any], cfg: RunnerConfig) -> list[str]:
         for compared in (wanted_fields, made_fields):
             compared.pop("training_tokens", None)
     # a field that is younger than the written config had its default then
-    defaults = _defaults(cfg)
-    for name, sae in cfg.saes.items() if isinstance(cfg, MultiSAETrainingRunnerConfig) else [("", cfg.sae)]:
-        defaults |= {f"{_sae_field(name)}.{field}": default for field, default in _defaults(sae).items()}
+    saes = {name: _defaults(sae) for name, sae in sae_configs(cfg).items()}
+    is_multi = isinstance(cfg, MultiSAETrainingRunnerConfig)
+    defaults = dict(_compared_fields(_defaults(cfg) | ({"saes": saes} if is_multi else saes)))
     names = [*wanted_fields, *(name for name in made_fields if name not in wanted_fields)]
     return [name for name in names if made_fields.get(name, defaults.get(name)) != wanted_fields.get(name)]
 
@@ -212,17 +207,8 @@ def _compared_fields(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         if key not in _MAY_DIFFER | {"sae", "saes"}:
             yield key, value
-    saes = {"": config["sae"]} if "sae" in config else config.get("saes", {})
-    for name, sae in saes.items():
+    saes = {f"saes.{name}": sae for name, sae in config.get("saes", {}).items()}
+    for field, sae in ({"sae": config["sae"]} if "sae" in config else saes).items():
         for key, value in sae.items():
             if key not in _SAE_MAY_DIFFER:
-                yield f"{_sae_field(name)}.{key}", value
-
-
-def _sae_field(name: str) -> str:
-    return f"saes.{name}" if name else "sae"
-
-
-def _listed(names: list[str], at_most: int = 5) -> str:
-    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
-    return ", ".join(names[:at_most]) + more
+                yield f"{field}.{key}", value

@@ -89,7 +89,7 @@ class ResumableActivationsStore(CheckedActivationsStore):
     """
 
     max_buffer_bytes: int
-    mixing_buffer: ResumableMixingBuffer | None
+    mixing_buffer: ResumableMixingBuffer | None = None
     _position: TextPosition
 
     @override
@@ -103,7 +103,6 @@ class ResumableActivationsStore(CheckedActivationsStore):
         """
         resumable = super().take_over(store)
         resumable.max_buffer_bytes = max_buffer_bytes
-        resumable.mixing_buffer = None
         if resumable.dataset is None:
             resumable._position = TextPosition()
         return resumable
@@ -118,20 +117,15 @@ class ResumableActivationsStore(CheckedActivationsStore):
         return self._sequences()
 
     def _sequences(self) -> Generator[Int[Tensor, " context_size"], None, None]:
+        """SAELens's ``concat_and_batch_sequences`` from the position on, noting what is left of the last row."""
         if self.is_dataset_tokenized or self.disable_concat_sequences:
             # a row makes one sequence or none: nothing of it is left over
             yield from super()._iterate_tokenized_sequences()
-        else:
-            yield from self._join_rows()
-
-    def _join_rows(self) -> Generator[Int[Tensor, " context_size"], None, None]:
-        """SAELens's ``concat_and_batch_sequences``, noting what is left of the last row."""
+            return
         position = self._position
         tokenizer: Any = getattr(self.model, "tokenizer", None)
-        bos, separator = None, None
-        if tokenizer is not None:
-            bos = tokenizer.bos_token_id if self.prepend_bos else None
-            separator = get_special_token_from_cfg(self.sequence_separator_token, tokenizer)
+        bos = tokenizer.bos_token_id if tokenizer is not None and self.prepend_bos else None
+        separator = None if tokenizer is None else get_special_token_from_cfg(self.sequence_separator_token, tokenizer)
         leftover = [] if position.leftover_tokens is None else [position.leftover_tokens.to(self.device)]
         sequence: Tensor | None = None
         for tokens in chain(leftover, self._iterate_raw_dataset_tokens()):
@@ -174,8 +168,7 @@ class ResumableActivationsStore(CheckedActivationsStore):
 
     @override
     def get_data_loader(self) -> Iterator[Tensor]:
-        self.mixing_buffer = self._new_buffer(self._finite(self._iterate_filtered_activations()))
-        return self.mixing_buffer
+        return self._new_buffer(self._iterate_filtered_activations())
 
     @override
     def get_multi_hook_data_loader(self) -> Iterator[dict[str, Tensor]]:
@@ -187,19 +180,20 @@ class ResumableActivationsStore(CheckedActivationsStore):
             torch.cat([activations[name] for name in hook_names], dim=1)
             for activations in self._iterate_filtered_multi_hook_activations()
         )
-        self.mixing_buffer = self._new_buffer(self._finite(packed))
-        return (dict(zip(hook_names, batch.split(widths, dim=1), strict=True)) for batch in self.mixing_buffer)
+        batches = self._new_buffer(packed)
+        return (dict(zip(hook_names, batch.split(widths, dim=1), strict=True)) for batch in batches)
 
     def _new_buffer(self, activations: Iterator[Tensor]) -> ResumableMixingBuffer:
         generator = torch.Generator()
         generator.set_state(torch.get_rng_state())  # so that a seed gives the order that it gives in SAELens
-        return ResumableMixingBuffer(
-            activations,
+        self.mixing_buffer = ResumableMixingBuffer(
+            self._finite(activations),
             buffer_size=self.n_batches_in_buffer * self.training_context_size,
             batch_size=self.train_batch_size_tokens,
             mix_fraction=self.activations_mixing_fraction,
             generator=generator,
         )
+        return self.mixing_buffer
 
     def _finite(self, activations: Iterator[Tensor]) -> Iterator[Tensor]:
         for batch in activations:

@@ -11,12 +11,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
-from sae_lens import LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
 
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.run_files.building import LanguageModelRunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +29,11 @@ def partial_name(name: str) -> str:
 
 
 @contextmanager
-def checkpoint_folder(cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig") -> Iterator[None]:
-    """This run's :func:`run_folder`: that of the run it resumes, else one of its own. None without checkpoints.
+def checkpoint_folder(cfg: LanguageModelRunConfig) -> Iterator[None]:
+    """Make the folder of a run's checkpoints, if there are any, and keep other processes out until the block ends.
+
+    It is that of the run that this one resumes, else one of its own. Unfinished checkpoints there and in the folders
+    beside it are removed where no process is at work. A folder without checkpoints is removed at the end.
 
     Args:
         cfg: The run's config; its ``checkpoint_path``, to which SAELens has added an id, is set to that of the run it
@@ -44,21 +46,13 @@ def checkpoint_folder(cfg: "LanguageModelSAERunnerConfig[Any] | MultiSAETraining
         folder = Path(cfg.resume_from_checkpoint).parent
         if folder.parent.resolve() == Path(cfg.checkpoint_path).parent.resolve():
             cfg.checkpoint_path = str(folder)
-    with nullcontext() if cfg.checkpoint_path is None else run_folder(Path(cfg.checkpoint_path)):
+    with nullcontext() if cfg.checkpoint_path is None else _run_folder(Path(cfg.checkpoint_path)):
         yield
 
 
 @contextmanager
-def run_folder(path: Path) -> Iterator[None]:
-    """Make the folder of a run's checkpoints and keep other processes out of it until the block ends.
-
-    Unfinished checkpoints there and in the folders beside it are removed where no process is at work. A folder without
-    checkpoints is removed at the end.
-
-    Raises:
-        UserError: If another process is writing there, or the folder cannot be written.
-    """
-    existed = [path.parent] if path.parent.exists() else []
+def _run_folder(path: Path) -> Iterator[None]:
+    parent_existed = path.parent.exists()
     lock = FileLock(path / LOCK_FILENAME)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -81,7 +75,7 @@ def run_folder(path: Path) -> Iterator[None]:
         yield
     finally:
         _release(lock, path)
-        if path.parent not in existed and not any(path.parent.iterdir()):
+        if not parent_existed and not any(path.parent.iterdir()):
             path.parent.rmdir()
 
 
