@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 
-from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.errors import UserError, first_line
 from sae_lens_matryoshka.model_folders import check_model_folder
 
 Model = HookedTransformer | TransformerBridge
@@ -42,7 +42,7 @@ def load_model(model: "Model | str | Path", device: str = "cpu", dtype: str = "f
         bridge = TransformerBridge.boot_transformers(name, device=device, dtype=torch_dtype)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"The model {name!r} cannot be loaded ({' '.join(str(error).split()).rstrip('.') or type(error).__name__}); "
+            f"The model {name!r} cannot be loaded ({first_line(error)}); "
             "pass a folder with a Hugging Face model, a name that TransformerLens knows, or the model itself."
         ) from error
     bridge.enable_compatibility_mode(no_processing=True)
