@@ -1,8 +1,10 @@
 """The private names of SAELens that we rely on still exist, and still mean the same."""
 
 import inspect
+import io
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sae_lens
@@ -17,6 +19,7 @@ from sae_lens import (
 from sae_lens.analysis.hooked_sae_transformer import get_deep_attr
 from sae_lens.tokenization_and_batching import _add_tokens_to_batch
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from tqdm.auto import tqdm
 
 from sae_lens_matryoshka import MatryoshkaSAE
 from sae_lens_matryoshka.run_files.checking import NEVER_READ
@@ -107,3 +110,15 @@ def test_models_keep_their_attached_saes_where_they_are_put_back(
                 assert inside == {f"{name}.{hook}" for hook, _ in wrapper.named_children()}
                 assert all(key.startswith(f"{name}.hook_sae_") for key in inside)
         assert model._acts_to_saes == {}
+
+
+@pytest.mark.parametrize(("trainer", "outputs"), [(SAETrainer, "step_output"), (MultiSAETrainer, "step_outputs")])
+def test_trainers_move_their_bar_in_one_place(trainer: Any, outputs: str):
+    assert list(inspect.signature(trainer._update_pbar).parameters) == ["self", outputs, "pbar", "update_interval"]
+    assert f"self._update_pbar({outputs}, pbar)" in inspect.getsource(trainer.fit)
+
+
+def test_tqdm_knows_its_bars():
+    bar = tqdm(total=1, disable=False, file=io.StringIO())
+    assert bar in tqdm._instances  # pyright: ignore[reportAttributeAccessIssue]
+    bar.close()

@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from sae_lens_matryoshka.cli import evaluate, inspect, push, saelens, train
 from sae_lens_matryoshka.cli.loading import load_saelens
+from sae_lens_matryoshka.cli.progress import PROGRESS_BARS
 from sae_lens_matryoshka.errors import REPORT_BUG, UserError
 from sae_lens_matryoshka.saelens_fields import table_is_current
 from sae_lens_matryoshka.untrusted.terminal import printable
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(printable(traceback.format_exc()), file=sys.stderr)
         print(f"error: {REPORT_BUG}", file=sys.stderr)
         return 1
+    finally:
+        PROGRESS_BARS.stop()
     return 0
 
 

@@ -2,11 +2,14 @@
 
 import sys
 
+from sae_lens_matryoshka.cli.progress import PROGRESS_BARS
+
 
 def load_saelens() -> None:
-    """Import torch and SAELens and register our architectures, saying so meanwhile: it takes some ten seconds."""
+    """Import torch and SAELens, saying so meanwhile (some ten seconds), register our architectures, show progress."""
     if "sae_lens" not in sys.modules:
         print("Loading PyTorch and SAELens ...", file=sys.stderr, flush=True)
     from sae_lens_matryoshka.registration import register
 
     register()
+    PROGRESS_BARS.start()

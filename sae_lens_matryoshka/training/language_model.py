@@ -28,6 +28,7 @@ from sae_lens_matryoshka.saved.trained_from import record_local_paths
 from sae_lens_matryoshka.text.data_set import open_data_set
 from sae_lens_matryoshka.training.fused_adam import fuse_adam
 from sae_lens_matryoshka.training.options import CheckpointOptions
+from sae_lens_matryoshka.training.progress_bar import move_bar_every_step
 from sae_lens_matryoshka.training.resuming.checkpointer import Checkpointer
 from sae_lens_matryoshka.training.resuming.resumable_store import take_over_store
 from sae_lens_matryoshka.training.start_checks import (
@@ -78,6 +79,7 @@ class LanguageModelRunner(LanguageModelSAETrainingRunner):
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> TrainingSAE[Any]:
         fuse_adam(trainer)
+        move_bar_every_step(trainer)
         with Checkpointer(trainer, self.checkpointing, self.cfg.resume_from_checkpoint).watching():
             if self.start is not None:
                 self.start.prepare(trainer)
@@ -120,6 +122,7 @@ class MultiSAERunner(MultiSAETrainingRunner):
     def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> dict[str, TrainingSAE[Any]]:
         for sae_trainer in trainer.trainers.values():
             fuse_adam(sae_trainer)
+        move_bar_every_step(trainer)
         with Checkpointer(trainer, self.checkpointing, self.cfg.resume_from_checkpoint).watching():
             return trainer.fit()
 

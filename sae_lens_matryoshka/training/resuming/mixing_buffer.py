@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 
 class ResumableMixingBuffer(Iterator[Tensor]):
@@ -51,14 +52,23 @@ class ResumableMixingBuffer(Iterator[Tensor]):
 
     @torch.no_grad()
     def __next__(self) -> Float[Tensor, "batch d_in"]:
-        while self.n_batches_ready == 0:
-            self._load_more()
+        if self.n_batches_ready == 0:
+            self._fill()
         assert self.activations is not None
         batch, self.activations = self.activations[: self.batch_size], self.activations[self.batch_size :]
         self.n_batches_ready -= 1
         return batch
 
-    def _load_more(self) -> None:
+    def _fill(self) -> None:
+        """Load until there are batches to serve, with a bar where that takes long."""
+        with tqdm(
+            total=self.buffer_size, initial=0 if self.activations is None else len(self.activations),
+            desc="Filling activation buffer", unit=" tokens", unit_scale=True, leave=False, delay=2,
+        ) as progress:  # fmt: skip
+            while self.n_batches_ready == 0:
+                progress.update(self._load_more())
+
+    def _load_more(self) -> int:
         new = next(self.activations_loader)
         activations = new if self.activations is None else torch.cat([self.activations, new])
         if len(activations) >= self.buffer_size:
@@ -67,3 +77,4 @@ class ResumableMixingBuffer(Iterator[Tensor]):
             n_to_serve = len(activations) - int(self.buffer_size * self.mix_fraction)
             self.n_batches_ready = max(1, n_to_serve // self.batch_size)
         self.activations = activations
+        return len(new)
