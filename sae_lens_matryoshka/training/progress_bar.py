@@ -18,7 +18,8 @@ def move_bar_every_step(trainer: SAETrainer[Any, Any] | MultiSAETrainer) -> None
     Args:
         trainer: A trainer that has not begun to fit.
     """
-    trainer._update_pbar = partial(_update_bar, trainer, _LossesShown())  # SAELens has no other way in
+    move_bar: Any = partial(_update_bar, trainer, _LossesShown())
+    trainer._update_pbar = move_bar  # SAELens has no other way in
 
 
 class _LossesShown:
