@@ -26,11 +26,12 @@ from sae_lens_matryoshka.ops.latents import ActiveLatents
 from sae_lens_matryoshka.ops.nested_loss import NestedErrors, nested_errors
 from sae_lens_matryoshka.saes.nested_training_config import NestedTrainingSAEConfig
 from sae_lens_matryoshka.saes.plugin_sae import PluginSAE
+from sae_lens_matryoshka.saes.standardized_channels import TakesStandardizedChannels
 from sae_lens_matryoshka.saes.training_statistics import KeepsTrainingStatistics
 from sae_lens_matryoshka.saes.training_step import Encoding, Prefixes, TrainingPath
 
 
-class NestedTrainingSAE(KeepsTrainingStatistics, PluginSAE, TrainingSAE[Any]):
+class NestedTrainingSAE(KeepsTrainingStatistics, TakesStandardizedChannels, PluginSAE, TrainingSAE[Any]):
     """A Matryoshka SAE in training, whatever makes its latents sparse.
 
     Subclasses also inherit from the SAELens class of their one-level twin, after this one.
@@ -76,8 +77,10 @@ class NestedTrainingSAE(KeepsTrainingStatistics, PluginSAE, TrainingSAE[Any]):
             step_input: What SAELens's trainer hands over; ``sae_in`` has shape (batch, d_in).
 
         Raises:
-            ValueError: If the input or the loss is not finite. Parameters and running statistics are untouched then.
+            ValueError: If the input or the loss is not finite, or is not standardized and should be. Parameters and
+                running statistics are untouched then.
         """
+        self.check_is_standardized()
         sae_in, compiling = step_input.sae_in, torch.compiler.is_compiling()
         if not compiling and not sae_in.isfinite().all():
             raise ValueError(
