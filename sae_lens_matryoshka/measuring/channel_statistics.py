@@ -34,16 +34,6 @@ class ChannelStatistics(NamedTuple):
     """How many more were too far from the rest."""
 
 
-def vary(mean: Float[Tensor, " d_in"], standard_deviation: Float[Tensor, " d_in"]) -> Bool[Tensor, " d_in"]:
-    """Which channels vary by more than float32 rounds their mean.
-
-    Args:
-        mean: Of each channel.
-        standard_deviation: Of each channel.
-    """
-    return standard_deviation > torch.finfo(torch.float32).eps * mean.abs()
-
-
 @dataclass(frozen=True)
 class UsualActivations:
     """Where activations lie, and which of them are extreme."""

@@ -8,8 +8,8 @@ from sae_lens.evals import ExplainedVarianceCalculator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_matryoshka.measuring.channel_statistics import vary
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
+from sae_lens_matryoshka.saes.standardized_channels import channels_that_vary
 from sae_lens_matryoshka.saved.level_figures import DENSE_SHARE, LevelMetrics
 
 MOST_ACTIVATIONS = 2**24
@@ -110,6 +110,6 @@ class _UnexplainedOfChannels:
         assert self.first is not None
         mean, mean_square = self.sums / self.n_samples
         variance = (mean_square - mean.pow(2)).clamp(min=0)
-        varying = vary(self.first.cpu() + mean, variance.sqrt())
+        varying = channels_that_vary(self.first.cpu() + mean, variance.sqrt())
         shares = self.squared_residuals[:, varying] / (self.n_samples * variance[varying])
         return shares.mean(1).tolist()

@@ -3,12 +3,24 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from sae_lens import TrainingSAE
 from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_matryoshka.normalization import CHANNEL_STANDARDIZATION, COVARIANCE_WHITENING
+
+
+def channels_that_vary(
+    mean: Float[Tensor, " d_in"], standard_deviation: Float[Tensor, " d_in"]
+) -> Bool[Tensor, " d_in"]:
+    """Which channels vary by more than float32 rounds their mean.
+
+    Args:
+        mean: Of each channel.
+        standard_deviation: Of each channel.
+    """
+    return standard_deviation > torch.finfo(torch.float32).eps * mean.abs()
 
 
 class TakesStandardizedChannels(TrainingSAE[Any]):

@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from sae_lens_matryoshka.errors import UserError
-from sae_lens_matryoshka.measuring.channel_statistics import ChannelStatistics, RunningChannelStatistics, vary
+from sae_lens_matryoshka.measuring.channel_statistics import ChannelStatistics, RunningChannelStatistics
 from sae_lens_matryoshka.normalization import CHANNEL_STANDARDIZATION, COVARIANCE_WHITENING
 from sae_lens_matryoshka.saes.nested_training_sae import NestedTrainingSAE
+from sae_lens_matryoshka.saes.standardized_channels import channels_that_vary
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def _whitening(statistics: ChannelStatistics, hook: str) -> ActivationWhitening:
         UserError: If a channel does not vary by more than its rounding errors.
     """
     mean, standard_deviation, n_samples, n_left_out = statistics
-    if still := (~vary(mean, standard_deviation)).nonzero().flatten().tolist():
+    if still := (~channels_that_vary(mean, standard_deviation)).nonzero().flatten().tolist():
         others = f" and {len(still) - 1} more" if len(still) > 1 else ""
         raise UserError(
             f"Channel {still[0]}{others} of {hook} never varies (always {mean[still[0]]:.4g}), so it cannot be divided "
