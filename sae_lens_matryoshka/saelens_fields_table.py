@@ -355,7 +355,10 @@ TRAINING: dict[str, dict[str, ConfigField]] = {
         "device": ConfigField(str, "cpu"),
         "apply_b_dec_to_input": ConfigField(bool, True),
         "normalize_activations": ConfigField(
-            Literal["none", "expected_average_only_in", "layer_norm", "covariance_whitening"], "none"
+            Literal[
+                "none", "expected_average_only_in", "layer_norm", "covariance_whitening", "channel_standardization"
+            ],
+            "none",
         ),
         "reshape_activations": ConfigField(Literal["none", "hook_z"], "none"),
         "metadata": ConfigField(OBJECT, OBJECT),
@@ -381,7 +384,10 @@ TRAINING: dict[str, dict[str, ConfigField]] = {
         "device": ConfigField(str, "cpu"),
         "apply_b_dec_to_input": ConfigField(bool, True),
         "normalize_activations": ConfigField(
-            Literal["none", "expected_average_only_in", "layer_norm", "covariance_whitening"], "none"
+            Literal[
+                "none", "expected_average_only_in", "layer_norm", "covariance_whitening", "channel_standardization"
+            ],
+            "none",
         ),
         "reshape_activations": ConfigField(Literal["none", "hook_z"], "none"),
         "metadata": ConfigField(OBJECT, OBJECT),
@@ -406,7 +412,10 @@ TRAINING: dict[str, dict[str, ConfigField]] = {
         "device": ConfigField(str, "cpu"),
         "apply_b_dec_to_input": ConfigField(bool, True),
         "normalize_activations": ConfigField(
-            Literal["none", "expected_average_only_in", "layer_norm", "covariance_whitening"], "none"
+            Literal[
+                "none", "expected_average_only_in", "layer_norm", "covariance_whitening", "channel_standardization"
+            ],
+            "none",
         ),
         "reshape_activations": ConfigField(Literal["none", "hook_z"], "none"),
         "metadata": ConfigField(OBJECT, OBJECT),
@@ -435,7 +444,10 @@ TRAINING: dict[str, dict[str, ConfigField]] = {
         "device": ConfigField(str, "cpu"),
         "apply_b_dec_to_input": ConfigField(bool, True),
         "normalize_activations": ConfigField(
-            Literal["none", "expected_average_only_in", "layer_norm", "covariance_whitening"], "none"
+            Literal[
+                "none", "expected_average_only_in", "layer_norm", "covariance_whitening", "channel_standardization"
+            ],
+            "none",
         ),
         "reshape_activations": ConfigField(Literal["none", "hook_z"], "none"),
         "metadata": ConfigField(OBJECT, OBJECT),

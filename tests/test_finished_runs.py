@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sae_lens_matryoshka.saved.level_figures import read_level_figures
 from sae_lens_matryoshka.saved.summary import summarize_folder
 from sae_lens_matryoshka.training.resuming.checkpoints import find_checkpoint
 from sae_lens_matryoshka.training.run import train
+from sae_lens_matryoshka.untrusted.csv_tables import read_csv, write_csv
 from tests.tiny_runs import tiny_multi_run, tiny_run, tiny_sae
 
 SAMPLES: Any = {"calibration_samples": 200, "measure_samples": 300}
@@ -120,6 +122,21 @@ def test_figures_of_other_weights_count_as_not_measured(finished: Any, change: s
     assert not again.was_finished
     assert (again.saes[0].levels[0].fvu == pytest.approx(levels[0].fvu, rel=0.5)) == (change == "no column")
     assert train(run, output=output, resume="auto", **SAMPLES).was_finished
+
+
+def test_figures_of_an_older_version_are_shown_as_far_as_they_go(
+    finished: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    _, original, (levels,) = finished["one"]
+    output = tmp_path / "out"
+    shutil.copytree(original, output)
+    younger = {"fvu_standardized", "above_half"}
+    rows = read_csv(output / "levels.csv")
+    assert younger <= rows[0].keys()
+    write_csv(output / "levels.csv", [{name: row[name] for name in row if name not in younger} for row in rows])
+    assert read_level_figures(output) == [replace(level, **dict.fromkeys(younger)) for level in levels]
+    assert main(["inspect", str(output)]) == 0
+    assert "│ -  " in capsys.readouterr().out
 
 
 def test_levels_are_measured_again_on_as_many_samples_as_are_asked_for(finished: Any, tmp_path: Path):

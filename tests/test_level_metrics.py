@@ -22,11 +22,30 @@ def test_figures_against_float64(matryoshka_sae: MatryoshkaJumpReLUSAE):
     for level, width in zip(levels, [1, 3, 8, 20], strict=True):
         residual = x - acts[:, :width] @ sae.W_dec[:width] - sae.b_dec
         fvu = residual.pow(2).sum() / (x - x.mean(0)).pow(2).sum()
+        fvu_of_channels = residual.pow(2).sum(0) / (x - x.mean(0)).pow(2).sum(0)
         assert level.width == width
+        assert level.fvu_standardized == pytest.approx(fvu_of_channels.mean().item(), rel=1e-4)
+        assert level.dense == ((acts[:, :width] > 0).sum(0) > 12).sum().item()
+        assert level.above_half == ((acts[:, :width] > 0).sum(0) > 60).sum().item()
         assert level.fvu == pytest.approx(fvu.item(), rel=1e-4)
         assert level.l0 == pytest.approx((acts[:, :width] > 0).sum().item() / 120)
         assert level.dead == (~(acts[:, :width] > 0).any(0)).sum().item()
     assert levels[2].dead >= 1
+
+
+def test_no_channel_decides_the_figure_of_standardized_channels(matryoshka_sae: MatryoshkaJumpReLUSAE):
+    """A channel with all of the variance, of a mean that rounds the others' squares away, and one that never varies."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(5000, 6, generator=generator)
+    x[:, 2] = 5000 + 600 * torch.randn(5000, generator=generator)
+    x[:, 4] = 3.7
+    levels = measure_levels(matryoshka_sae, x.split(700), n_samples=5000)
+    sae, x = matryoshka_sae.double(), x.double()
+    for level, reconstruction in zip(levels, sae.reconstruct_levels(x), strict=True):
+        shares = (x - reconstruction).pow(2).mean(0) / x.var(0, unbiased=False)
+        expected = shares[[0, 1, 2, 3, 5]].mean().item()
+        assert level.fvu_standardized == pytest.approx(expected, rel=1e-3)
+        assert level.fvu != pytest.approx(expected, rel=0.1)
 
 
 def test_the_stream_may_end_early_but_not_be_empty(matryoshka_sae: MatryoshkaJumpReLUSAE):

@@ -64,10 +64,10 @@ def _summaries(options: argparse.Namespace, path: Path, widths: Sequence[int] | 
 
 
 def _show(summary: "SAESummary", title: str, console: PlainConsole) -> None:
-    from sae_lens_matryoshka.saved.level_figures import figure_cells
+    from sae_lens_matryoshka.saved.level_figures import FIGURE_HEADINGS, figure_cells
 
     fires = "fires" if summary.threshold is None else "fires above (min / median / max)"
-    measured = ("L0", "FVU", "dead", "dense") if summary.figures else ()
+    measured = FIGURE_HEADINGS if summary.figures else ()
     d_in = summary.cfg["d_in"]
     table = Table(
         "level", "width", "new latents", fires, "parameters", *measured, title=f"{title} ({summary.architecture})"
@@ -91,7 +91,7 @@ def _facts(summary: "SAESummary") -> dict[str, Any]:
     samples = f"{figures[0].n_samples:,} fresh samples after training" if figures else None
     dead = metadata.get("num_dead_features")
     return {
-        "measured on": samples and f"{samples}: dead never fired on them, dense fired on more than a tenth",
+        "measured on": samples and f"{samples}: dead never fired on them, dense on more than a tenth",
         "dead in training": dead if dead is None else f"{dead}, which had not fired for a while when it ended",
         "d_in": summary.cfg["d_in"],
         "dtype": summary.cfg["dtype"],

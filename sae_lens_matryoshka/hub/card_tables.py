@@ -4,21 +4,22 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from sae_lens_matryoshka.saved.level_figures import FIGURE_HEADINGS
 from sae_lens_matryoshka.untrusted.bounded import is_whole_number
 from sae_lens_matryoshka.untrusted.terminal import printable
 
 
 def levels_table(widths: Sequence[int], figures: Sequence[dict[str, str]]) -> str:
-    """Width of every level and, where ``figures`` has the rows of ``levels.csv``, L0, FVU and dead latents."""
+    """Width of every level and, where ``figures`` has the rows of ``levels.csv``, what was measured of it."""
     if not figures:
         return markdown_table(["level", "width"], [(str(level), str(width)) for level, width in enumerate(widths)])
     rows: list[tuple[str, ...]] = []
     for level, (width, row) in enumerate(zip(widths, figures, strict=True)):
-        dead = row.get("dead") or ""
-        share = f" ({int(dead) / width:.1%})" if is_whole_number(dead) else ""
-        l0, fvu = _number(row.get("l0") or "", ".2f"), _number(row.get("fvu") or "", ".4f")
-        rows.append((str(level), str(width), l0, fvu, f"{dead}{share}"))
-    return markdown_table(["level", "width", "L0", "FVU", "dead"], rows)
+        numbers = [_number(row.get(name) or "-", form) for name, form in _LEVEL_NUMBERS.items()]
+        rows.append(
+            (str(level), str(width), *numbers, *(_count(row.get(name) or "-", width) for name in _LEVEL_COUNTS))
+        )
+    return markdown_table(["level", "width", *FIGURE_HEADINGS], rows)
 
 
 def settings_table(cfg: dict[str, Any], run_settings: dict[str, Any]) -> str:
@@ -76,6 +77,8 @@ def literally(text: str) -> str:
     return f"{fence}{edge}{escaped}{edge}{fence}"
 
 
+_LEVEL_NUMBERS = {"l0": ".2f", "fvu": ".4f", "fvu_standardized": ".4f"}
+_LEVEL_COUNTS = ("dead", "dense", "above_half")
 _LONG_TABLE = 40
 _LONG_TEXT = 300
 _PLAIN = r"(?:[\w(-][\w .,:;+%()/=-]*)?"
@@ -105,6 +108,10 @@ def _column(row: dict[str, str]) -> tuple[int, str]:
     if level and width:
         return position, f"level {level} ({width})"
     return position, f"level {level}" if level else width or "value"
+
+
+def _count(text: str, width: int) -> str:
+    return f"{text} ({int(text) / width:.1%})" if is_whole_number(text) else text
 
 
 def _number(text: str, form: str) -> str:

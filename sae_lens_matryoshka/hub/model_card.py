@@ -183,7 +183,8 @@ def _render_entry(entry: CardEntry, repo_id: str, revision: str | None, previous
         if entry.level_figures:
             paragraphs.append(
                 "L0: mean number of latents that fire a token. FVU: fraction of the activations' variance that the "
-                "level leaves unexplained. Dead: latents that never fired while this was measured."
+                "level leaves unexplained; channels alike: with every channel divided by its standard deviation. Dead, "
+                "dense, above half: latents that fired on none, more than a tenth, more than half of the tokens."
             )
     paragraphs += ["### Training", settings_table(cfg, entry.run_settings)]
     kept = re.search(r"^### Benchmarks\n.*?(?=^### Load\n)", previous, re.DOTALL | re.MULTILINE)

@@ -171,4 +171,7 @@ def _read_levels(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-_LEVEL_COLUMNS = {"width": is_whole_number, "dead": is_whole_number, "l0": is_number, "fvu": is_number}
+_LEVEL_COLUMNS = {
+    **dict.fromkeys(("width", "dead", "dense", "above_half"), is_whole_number),
+    **dict.fromkeys(("l0", "fvu", "fvu_standardized"), is_number),
+}

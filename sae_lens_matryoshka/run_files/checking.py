@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, get_args
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from sae_lens_matryoshka.errors import ConfigError
+from sae_lens_matryoshka.normalization import CHANNEL_STANDARDIZATION, COVARIANCE_WHITENING
 from sae_lens_matryoshka.run_files.numbers import (
     check_run_numbers,
     check_sae_in_run,
@@ -42,6 +43,16 @@ _PATHS = frozenset((
     "resume_from_checkpoint", "synthetic_model",
 ))  # fmt: skip
 """Fields that can name a path, where a ``~`` at its beginning is the home folder."""
+
+
+ONE_LEVEL_TWINS = {
+    "batchtopk": "matryoshka",
+    "matryoshka_batchtopk": "matryoshka",
+    "topk": "matryoshka_topk",
+    "jumprelu": "matryoshka_jumprelu",
+    "standard": "matryoshka_standard",
+}
+"""What trains the same as an architecture of SAELens's, with one level or with the same ones, and takes our options."""
 
 
 class CheckedSAE(NamedTuple):
@@ -192,6 +203,7 @@ def _check_sae(fields: SAEFields, field: str) -> CheckedSAE:
             f"{name('architecture')}={architecture!r} is not an architecture that SAELens can train"
             f"{_nearest(str(architecture), known)}; they are {', '.join(sorted(known))}."
         )
+    _check_standardization(values, known[architecture], architecture, name)
     _check_fields(values, known[architecture], f"config of {architecture}", name)
     missing = [key for key, f in known[architecture].items() if f.default is REQUIRED and key not in values]
     if missing:
@@ -202,6 +214,26 @@ def _check_sae(fields: SAEFields, field: str) -> CheckedSAE:
 
 def _check_config(values: dict[str, Any], config: str, name: Callable[[str], str] = str) -> None:
     _check_fields(values, tables().configs[config], config, name)
+
+
+def _check_standardization(
+    values: Mapping[str, Any], fields: Fields, architecture: str, name: Callable[[str], str]
+) -> None:
+    """Refuse our way of normalizing for SAELens's own SAEs, and name what can be used instead."""
+    field = "normalize_activations"
+    if values.get(field) != CHANNEL_STANDARDIZATION or CHANNEL_STANDARDIZATION in get_args(fields[field].type):
+        return
+    if twin := ONE_LEVEL_TWINS.get(architecture):
+        widths = (
+            "its widths" if "matryoshka_widths" in values else f"matryoshka_widths=[{values.get('d_sae', 'd_sae')}]"
+        )
+        instead = f"{name('architecture')}={twin} with {widths}, which trains the same"
+    else:
+        instead = f"{name(field)}={COVARIANCE_WHITENING}"
+    raise ConfigError(
+        f"{name(field)}={CHANNEL_STANDARDIZATION} is this plugin's, and SAELens's {architecture} does not take it; set "
+        f"{instead}."
+    )
 
 
 def _check_fields(values: dict[str, Any], fields: Fields, config: str, name: Callable[[str], str]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from sae_lens_matryoshka.errors import ConfigError
+from sae_lens_matryoshka.normalization import CHANNEL_STANDARDIZATION, COVARIANCE_WHITENING
 
 _Range: TypeAlias = tuple[Callable[[float], bool], str]
 """Whether it allows a number, and what it is in words."""
@@ -110,7 +111,7 @@ def check_sae_numbers(given: Mapping[str, Any], name: Callable[[str], str]) -> N
 
 
 def check_sae_in_run(sae: Mapping[str, Any], values: Mapping[str, Any], name: Callable[[str], str]) -> None:
-    """Refuse numbers of an SAE that its run is too short or its batch too small for.
+    """Refuse what an SAE asks for and its run is too short, its batch too small or its runner not made for.
 
     Args:
         sae: The fields that the run file gives for the SAE.
@@ -120,6 +121,11 @@ def check_sae_in_run(sae: Mapping[str, Any], values: Mapping[str, Any], name: Ca
     Raises:
         ConfigError: If there is one.
     """
+    if "synthetic_model" in values and sae.get("normalize_activations") == CHANNEL_STANDARDIZATION:
+        raise ConfigError(
+            f"{name('normalize_activations')}={CHANNEL_STANDARDIZATION} is for language models: SAELens's runner on "
+            f"synthetic models estimates {COVARIANCE_WHITENING} and expected_average_only_in only; set one of these."
+        )
     for field in ("l1_warm_up_steps", "l0_warm_up_steps"):
         if field in sae:
             _check_schedule({name(field): sae[field]}, values)

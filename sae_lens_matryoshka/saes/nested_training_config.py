@@ -6,8 +6,10 @@ from numbers import Real
 from typing import Any
 
 from sae_lens import TrainingSAEConfig
+from typing_extensions import override
 
 from sae_lens_matryoshka.levels import validate_level_weights, validate_widths
+from sae_lens_matryoshka.normalization import CHANNEL_STANDARDIZATION, COVARIANCE_WHITENING, NormalizeActivations
 from sae_lens_matryoshka.ops.nested_loss import NestedObjective
 from sae_lens_matryoshka.saes.prefix_sampling import PrefixSampling
 
@@ -35,7 +37,12 @@ class NestedTrainingSAEConfig(TrainingSAEConfig):
             explains (Nabeshima 2024). The saved SAE is in that order; the SAE in training is not, nor is the
             ``sparsity.safetensors`` that SAELens's own runners write (``train`` puts it in order).
         latent_contribution_lr (float): Learning rate of that running mean; 0.05 is Nabeshima's.
+        normalize_activations (str): SAELens's words, and ``channel_standardization``: each channel less its mean,
+            divided by its standard deviation, so that no channel owns the loss. Applied by this plugin's runners, and
+            folded into the saved SAE like SAELens's ``covariance_whitening``.
     """
+
+    normalize_activations: NormalizeActivations = "none"  # type: ignore[assignment]
 
     matryoshka_widths: list[int] = field(default_factory=list)
     level_weights: list[float] | None = None
@@ -56,7 +63,20 @@ class NestedTrainingSAEConfig(TrainingSAEConfig):
         if isinstance(lr, bool) or not isinstance(lr, Real) or not 0 < lr <= 1:
             raise ValueError(f"latent_contribution_lr={lr!r} must be above 0 and at most 1, such as 0.05.")
         self._refuse_senseless_combinations(n_levels)
+        normalize_activations = self.normalize_activations
+        if normalize_activations == CHANNEL_STANDARDIZATION:
+            self.normalize_activations = COVARIANCE_WHITENING  # its diagonal case, which SAELens does not know by name
         super().__post_init__()
+        self.normalize_activations = normalize_activations
+
+    @override
+    def get_inference_sae_cfg_dict(self) -> dict[str, Any]:
+        if self.normalize_activations == CHANNEL_STANDARDIZATION:
+            raise ValueError(
+                f"normalize_activations={CHANNEL_STANDARDIZATION!r} is not folded into these weights yet, as it is at "
+                f"the end of training; fold in the statistics of the checkpoint with fold_activation_whitening."
+            )
+        return super().get_inference_sae_cfg_dict()
 
     @property
     def prefix_law(self) -> PrefixSampling | None:

@@ -26,11 +26,12 @@ from sae_lens_matryoshka.ops.latents import ActiveLatents
 from sae_lens_matryoshka.ops.nested_loss import NestedErrors, nested_errors
 from sae_lens_matryoshka.saes.nested_training_config import NestedTrainingSAEConfig
 from sae_lens_matryoshka.saes.plugin_sae import PluginSAE
+from sae_lens_matryoshka.saes.standardized_channels import TakesStandardizedChannels, channels_that_vary
 from sae_lens_matryoshka.saes.training_statistics import KeepsTrainingStatistics
 from sae_lens_matryoshka.saes.training_step import Encoding, Prefixes, TrainingPath
 
 
-class NestedTrainingSAE(KeepsTrainingStatistics, PluginSAE, TrainingSAE[Any]):
+class NestedTrainingSAE(KeepsTrainingStatistics, TakesStandardizedChannels, PluginSAE, TrainingSAE[Any]):
     """A Matryoshka SAE in training, whatever makes its latents sparse.
 
     Subclasses also inherit from the SAELens class of their one-level twin, after this one.
@@ -76,8 +77,10 @@ class NestedTrainingSAE(KeepsTrainingStatistics, PluginSAE, TrainingSAE[Any]):
             step_input: What SAELens's trainer hands over; ``sae_in`` has shape (batch, d_in).
 
         Raises:
-            ValueError: If the input or the loss is not finite. Parameters and running statistics are untouched then.
+            ValueError: If the input or the loss is not finite, or is not standardized and should be. Parameters and
+                running statistics are untouched then.
         """
+        self.check_is_standardized()
         sae_in, compiling = step_input.sae_in, torch.compiler.is_compiling()
         if not compiling and not sae_in.isfinite().all():
             raise ValueError(
@@ -85,14 +88,14 @@ class NestedTrainingSAE(KeepsTrainingStatistics, PluginSAE, TrainingSAE[Any]):
                 f"{int((~sae_in.isfinite()).sum())} values that are not finite, of {sae_in.numel()}."
             )
         fast = self.training_path.fast and sae_in.ndim == 2 and not sae_in.requires_grad
-        output = (self._fast_step if fast else self._reference_step)(step_input)
+        output, level_residuals = (self._fast_step if fast else self._reference_step)(step_input)
         if not compiling and not output.loss.isfinite():
             raise ValueError(
                 f"Training step {step_input.n_training_steps}: the loss is {output.loss.item()}; the input's largest "
                 f"absolute value is {sae_in.abs().max().item():.4g}, its mean norm {sae_in.norm(dim=-1).mean():.4g}."
             )
         if step_input.is_logging_step:
-            output.metrics.update(self._level_metrics(step_input, output))
+            output.metrics.update(self._level_metrics(step_input, output, level_residuals))
         self._after_step(output)
         return output
 
@@ -140,8 +143,8 @@ class NestedTrainingSAE(KeepsTrainingStatistics, PluginSAE, TrainingSAE[Any]):
         """Whether the penalties read the residual of every prefix."""
         return False
 
-    def _fast_step(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """The step by ``ops/``."""
+    def _fast_step(self, step_input: TrainStepInput) -> tuple[TrainStepOutput, Tensor | None]:
+        """The step by ``ops/``, and the residual of every prefix where they are at hand or to be logged."""
         x = self.process_sae_in(step_input.sae_in)
         encoding = self._encode(x, self.prefixes(step_input.n_training_steps))
         latents, hidden_pre = encoding.latents, encoding.hidden_pre.detach()
@@ -154,11 +157,14 @@ class NestedTrainingSAE(KeepsTrainingStatistics, PluginSAE, TrainingSAE[Any]):
             latents,
             self.cfg.objective,
             row_scale,
-            self._needs_level_residuals,
+            self._needs_level_residuals or step_input.is_logging_step,
         )
         penalties = self._penalties(step_input, encoding, errors, row_scale)
-        error = errors.residual if row_scale is None else errors.residual * row_scale
-        return TrainStepOutput(
+        error, level_residuals = errors.residual, errors.level_residuals
+        if row_scale is not None:
+            error = error * row_scale
+            level_residuals = None if level_residuals is None else level_residuals * row_scale
+        output = TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=step_input.sae_in + error,
             feature_acts=encoding.feature_acts,
@@ -170,9 +176,10 @@ class NestedTrainingSAE(KeepsTrainingStatistics, PluginSAE, TrainingSAE[Any]):
                 **self._inner_losses(list(errors.squared_errors[:-1])),
             },
         )
+        return output, level_residuals
 
-    def _reference_step(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """The step by definition: the one-level twin's, then a decoder product a prefix."""
+    def _reference_step(self, step_input: TrainStepInput) -> tuple[TrainStepOutput, Tensor | None]:
+        """The step by definition: the one-level twin's, then a decoder product a prefix; residuals to be logged."""
         output = TrainingSAE.training_forward_pass(self, step_input)
         prefixes = self.prefixes(step_input.n_training_steps)
         reconstructions = self._reconstructions(output.feature_acts, prefixes, self.cfg.stop_gradient_between_levels)
@@ -190,7 +197,8 @@ class NestedTrainingSAE(KeepsTrainingStatistics, PluginSAE, TrainingSAE[Any]):
         weights = objective.weights(len(errors))
         output.loss = sum([w * error for w, error in zip(weights, errors, strict=True)], sum(penalties))  # type: ignore[assignment]
         output.losses.update(self._inner_losses(squared_errors[:-1]))
-        return output
+        logged = torch.stack(reconstructions).detach() - step_input.sae_in if step_input.is_logging_step else None
+        return output, logged
 
     def _reconstructions(
         self, feature_acts: Float[Tensor, "batch d_sae"], prefixes: Prefixes, stop_gradient: bool = False
@@ -228,23 +236,27 @@ class NestedTrainingSAE(KeepsTrainingStatistics, PluginSAE, TrainingSAE[Any]):
             self.latent_contribution.lerp_(contribution.float(), self.cfg.latent_contribution_lr)
 
     @torch.no_grad()
-    def _level_metrics(self, step_input: TrainStepInput, output: TrainStepOutput) -> dict[str, Tensor]:
-        """Fraction of variance unexplained, L0 and number of dead latents of each level, on this batch."""
+    def _level_metrics(
+        self,
+        step_input: TrainStepInput,
+        output: TrainStepOutput,
+        residuals: Float[Tensor, "n_prefixes batch d_in"] | None,
+    ) -> dict[str, Tensor]:
+        """Variance unexplained (also of standardized channels), L0 and dead latents of each level, on this batch."""
         sae_in = step_input.sae_in.to(torch.promote_types(step_input.sae_in.dtype, torch.float32))
         levels = Prefixes(self.cfg.matryoshka_widths, self.latent_order)
-        if self.cfg.prefix_sampling is None:
-            names = [*(f"inner_mse_loss_{width}" for width in levels.widths[:-1]), "mse_loss"]
-            level_losses = [output.losses[name] for name in names]
-        else:
+        if residuals is None or self.cfg.prefix_sampling is not None:
             self.process_sae_in(step_input.sae_in)  # the reference step has used up the statistics of the input
-            reconstructions = self._reconstructions(output.feature_acts, levels)
-            level_losses = [(r - sae_in).pow(2).sum(-1).mean() for r in reconstructions]
-        total_variance = (sae_in - sae_in.mean(0)).pow(2).sum(-1).mean()
+            residuals = torch.stack(self._reconstructions(output.feature_acts, levels)) - sae_in
+        unexplained = residuals.to(sae_in.dtype).pow(2).mean(1)
+        variance = sae_in.var(0, unbiased=False)
+        varying = channels_that_vary(sae_in.mean(0), variance.sqrt())
         n_firings = levels.by_place(output.feature_acts.bool().float().sum(0).to_dense())
         dead = None if step_input.dead_neuron_mask is None else levels.by_place(step_input.dead_neuron_mask)
         metrics: dict[str, Tensor] = {}
-        for width, level_loss in zip(levels.widths, level_losses, strict=True):
-            metrics[f"fvu_level_{width}"] = level_loss / total_variance
+        for width, of_channels in zip(levels.widths, unexplained, strict=True):
+            metrics[f"fvu_level_{width}"] = of_channels.sum() / variance.sum()
+            metrics[f"fvu_standardized_level_{width}"] = (of_channels / variance)[varying].mean()
             metrics[f"l0_level_{width}"] = n_firings[:width].sum() / sae_in.shape[0]
             if dead is not None:
                 metrics[f"dead_level_{width}"] = dead[:width].sum()

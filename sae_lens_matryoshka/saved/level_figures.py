@@ -1,9 +1,9 @@
 """The figures of an SAE's levels, and the file beside a saved SAE that holds them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from rich.table import Table
 from safetensors import SafetensorError
@@ -19,6 +19,9 @@ WEIGHTS_COLUMN = "weights"
 
 DENSE_SHARE = 0.1
 """A latent that fires on a larger share of all samples is counted as dense."""
+
+FIGURE_HEADINGS = ("L0", "FVU", "FVU, channels alike", "dead", "dense", "above half")
+"""What :func:`figure_cells` gives, as the columns of a table are called."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,18 @@ class LevelMetrics:
     fvu: float
     """Fraction of the activations' variance that the level leaves unexplained: 1 - explained variance."""
 
+    fvu_standardized: float | None = field(default=None, kw_only=True)
+    """The same with every channel divided by its standard deviation: the fraction of a channel's variance that is left
+    unexplained, averaged over the channels that vary, so that none counts more than another. None: not measured."""
+
     dead: int
     """Number of latents of the level that never fired."""
 
     dense: int
     """Number of latents of the level that fired on more than a tenth of the samples."""
+
+    above_half: int | None = field(default=None, kw_only=True)
+    """Number of latents of the level that fired on more than half of the samples. None: not counted."""
 
     n_samples: int
     """Number of samples that it was measured on."""
@@ -68,7 +78,7 @@ def read_level_figures(folder: Path) -> list[LevelMetrics]:
         rows = read_csv(folder / LEVELS_FILENAME)
         if not are_of_saved_sae(rows, folder):
             return []
-        return [LevelMetrics(**{key: types[key](row[key]) for key in types}) for row in rows]
+        return [LevelMetrics(**{name: _value(row, name, types[name]) for name in types}) for row in rows]
     except (UserError, OSError, SafetensorError, KeyError, ValueError, TypeError):
         return []
 
@@ -83,15 +93,22 @@ def are_of_saved_sae(rows: Sequence[Mapping[str, str]], folder: Path) -> bool:
 
 def levels_table(levels: Sequence[LevelMetrics], title: str) -> Table:
     """The figures as a table for people."""
-    table = Table("level", "width", "L0", "FVU", "dead", "dense", title=title)
+    table = Table("level", "width", *FIGURE_HEADINGS, title=title)
     for level in levels:
         table.add_row(str(level.level), str(level.width), *figure_cells(level))
     return table
 
 
-def figure_cells(level: LevelMetrics) -> tuple[str, str, str, str]:
-    """L0, FVU, dead and dense latents as they are shown."""
-    return (
-        f"{level.l0:.2f}", f"{level.fvu:.4f}",
-        f"{level.dead} ({level.dead / level.width:.1%})", f"{level.dense} ({level.dense / level.width:.1%})",
-    )  # fmt: skip
+def figure_cells(level: LevelMetrics) -> tuple[str, ...]:
+    """A level's figures as they are shown, one for each of :data:`FIGURE_HEADINGS`."""
+    fvu_standardized = "-" if level.fvu_standardized is None else f"{level.fvu_standardized:.4f}"
+    counts = ("-" if n is None else f"{n} ({n / level.width:.1%})" for n in (level.dead, level.dense, level.above_half))
+    return (f"{level.l0:.2f}", f"{level.fvu:.4f}", fvu_standardized, *counts)
+
+
+def _value(row: Mapping[str, str], name: str, kind: Any) -> Any:
+    """A cell of the table; older tables lack what may be None."""
+    of_optional = [k for k in get_args(kind) if k is not type(None)]
+    if not of_optional:
+        return kind(row[name])
+    return of_optional[0](row[name]) if row.get(name) else None

@@ -26,6 +26,7 @@ from sae_lens_matryoshka.model_folders import check_model_folder
 from sae_lens_matryoshka.run_files.building import LanguageModelRunConfig
 from sae_lens_matryoshka.saved.trained_from import record_local_paths
 from sae_lens_matryoshka.text.data_set import open_data_set
+from sae_lens_matryoshka.training.channel_scaler import prepare_normalization
 from sae_lens_matryoshka.training.fused_adam import fuse_adam
 from sae_lens_matryoshka.training.options import CheckpointOptions
 from sae_lens_matryoshka.training.progress_bar import move_bar_every_step
@@ -83,6 +84,7 @@ class LanguageModelRunner(LanguageModelSAETrainingRunner):
         with Checkpointer(trainer, self.checkpointing, self.cfg.resume_from_checkpoint).watching():
             if self.start is not None:
                 self.start.prepare(trainer)
+            prepare_normalization(trainer, self.cfg.hook_name)
             return trainer.fit()
 
 
@@ -124,6 +126,7 @@ class MultiSAERunner(MultiSAETrainingRunner):
             fuse_adam(sae_trainer)
         move_bar_every_step(trainer)
         with Checkpointer(trainer, self.checkpointing, self.cfg.resume_from_checkpoint).watching():
+            prepare_normalization(trainer)
             return trainer.fit()
 
 

@@ -28,14 +28,16 @@ from torch import Tensor
 
 from sae_lens_matryoshka.errors import ConfigError, UserError
 from sae_lens_matryoshka.levels import recorded_widths
+from sae_lens_matryoshka.normalization import CHANNEL_STANDARDIZATION, COVARIANCE_WHITENING
 from sae_lens_matryoshka.saes.kinds import KINDS
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
 from sae_lens_matryoshka.saes.nested_training_sae import NestedTrainingSAE
 from sae_lens_matryoshka.saved.checks import check_finite, check_saved_sae, loading_errors, read_json
 from sae_lens_matryoshka.training.resuming.manifest import MANIFEST_FILENAME, find_damage
 
-_SCALED, _WHITENED = "expected_average_only_in", "covariance_whitening"
-"""Normalizations that SAELens estimates at the start of training and folds into the weights at its end."""
+_SCALED = "expected_average_only_in"
+_WHITENED = (COVARIANCE_WHITENING, CHANNEL_STANDARDIZATION)
+"""Normalizations that are estimated at the start of training and folded into the weights at its end."""
 
 
 @dataclass(frozen=True)
@@ -155,11 +157,11 @@ def _check_agrees(source: SAE[Any], cfg: TrainingSAEConfig) -> None:
 def _check_normalization(source: SAE[Any], is_checkpoint: bool, cfg: TrainingSAEConfig, folder: Path) -> Path | None:
     """Refuse a normalization that the weights do not fit; where a checkpoint has estimated it, return that file."""
     made_with, wanted = source.cfg.normalize_activations, cfg.normalize_activations
-    if made_with == wanted and wanted in (_SCALED, _WHITENED):
+    if made_with == wanted and wanted in (_SCALED, *_WHITENED):
         scaler_path = folder / ACTIVATION_SCALER_CFG_FILENAME
         if scaler_path.is_file():
             return scaler_path
-        if is_checkpoint or wanted == _WHITENED:
+        if is_checkpoint or wanted in _WHITENED:
             raise UserError(
                 f"{ACTIVATION_SCALER_CFG_FILENAME} is missing, which says how activations were normalized for them."
             )

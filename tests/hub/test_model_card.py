@@ -43,7 +43,7 @@ def test_a_new_card_says_what_is_known(local_hub: LocalHub, saved_sae: Path):
         "datasets": "roneneldan/TinyStories",
     }
     assert "\n# saes\n" in card
-    assert "| 2 | 20 | 3.00 | 0.2500 | 5 (25.0%) |" in card
+    assert "| 2 | 20 | 3.00 | 0.2500 | - | 5 (25.0%) | 0 (0.0%) | - |" in card
     for setting in ("| model | tiny-model |", "| k | 3 |", "| training_tokens | 400,000 |", "| lr | 0.0003 |"):
         assert setting in card
     assert "bussmann2025matryoshka" in card
@@ -170,6 +170,15 @@ def test_results_with_few_or_odd_columns():
     assert results_table(mixed).splitlines()[0] == "| evaluation | metric | value | level 1 (8) |"
     assert results_table(mixed).splitlines()[2] == "|  | m | 1 | n/a |"
     assert "<summary>50 metrics</summary>" in results_table([{"metric": str(i), "value": "1"} for i in range(50)])
+
+
+def test_figures_that_older_tables_lack_are_a_dash():
+    row = {"l0": "1.1", "fvu": "0.7", "dead": "0", "dense": "1"}
+    younger = {**row, "fvu_standardized": "0.5", "above_half": "2"}
+    assert levels_table([4, 8], [row, younger]).splitlines()[2:] == [
+        "| 0 | 4 | 1.10 | 0.7000 | - | 0 (0.0%) | 1 (25.0%) | - |",
+        "| 1 | 8 | 1.10 | 0.7000 | 0.5000 | 0 (0.0%) | 1 (12.5%) | 2 (25.0%) |",
+    ]
 
 
 def test_cells_cannot_break_a_table():

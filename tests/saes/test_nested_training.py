@@ -183,7 +183,27 @@ def test_drawn_prefixes_are_trained_and_the_levels_are_reported():
     variance = (x - x.mean(0)).pow(2).sum(-1).mean()
     for width in (3, 8, 24):
         torch.testing.assert_close(output.metrics[f"fvu_level_{width}"], errors[width] / variance)
+        of_channels = (coefficients[:, :width] @ sae.W_dec[:width] + sae.b_dec - x).pow(2).mean(0) / x.var(0, False)
+        torch.testing.assert_close(output.metrics[f"fvu_standardized_level_{width}"], of_channels.mean())
     assert set(output.losses) == {"mse_loss", "auxiliary_reconstruction_loss", "prefix_mse_loss"}
+
+
+@pytest.mark.parametrize("normalize", ["none", "layer_norm"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("hooked", [False, True])
+def test_logged_figures_of_levels_are_those_of_their_reconstructions(architecture: str, normalize: str, hooked: bool):
+    sae = _trainer(architecture, normalize_activations=normalize).sae
+    if hooked:  # then SAELens's own code is taken
+        sae.hook_sae_recons.add_hook(lambda tensor, hook: tensor)
+    x = activations(32, 6, 0)
+    output = sae.training_forward_pass(train_step_input(x, is_logging_step=True))
+    sae.process_sae_in(x)
+    reconstructions = sae._reconstructions(output.feature_acts, sae.prefixes(0))
+    for width, reconstruction in zip([3, 8, 24], reconstructions, strict=True):
+        of_channels = (reconstruction - x).pow(2).mean(0) / x.var(0, unbiased=False)
+        torch.testing.assert_close(output.metrics[f"fvu_standardized_level_{width}"], of_channels.mean())
+        fvu = (reconstruction - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
+        torch.testing.assert_close(output.metrics[f"fvu_level_{width}"], fvu)
 
 
 def test_with_a_stopped_gradient_larger_levels_do_not_move_smaller_ones():

@@ -19,6 +19,7 @@ from typing import Any
 from sae_lens import SAETrainer
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from safetensors import SafetensorError
+from torch.linalg import LinAlgError
 
 from sae_lens_matryoshka.errors import UserError, first_line
 from sae_lens_matryoshka.training.options import CheckpointOptions
@@ -103,7 +104,7 @@ class Checkpointer:
         previous = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
-        except (OSError, ValueError) as error:  # a vanished file; numbers that are not finite; our own errors
+        except (OSError, ValueError, LinAlgError) as error:  # a vanished file; numbers that are not finite; our own
             raise UserError(f"{first_line(error)}; {self._what_stands()}.") from error
         finally:
             for number, handler in previous.items():
