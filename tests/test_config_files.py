@@ -40,6 +40,8 @@ def test_embedded_run_files_build(name: str):
         "tinystories-topk": LanguageModelSAERunnerConfig,
         "tinystories-nabeshima": LanguageModelSAERunnerConfig,
         "gemma-scope-2-like": LanguageModelSAERunnerConfig,
+        "gemma-3-270m": LanguageModelSAERunnerConfig,
+        "smollm2-135m": LanguageModelSAERunnerConfig,
     }
     assert isinstance(configs, expected[name])
 

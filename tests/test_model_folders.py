@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoTokenizer, ByT5Tokenizer, Gemma3TextConfig, T5Config
 
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.model_folders import check_model_folder
@@ -93,3 +94,27 @@ def test_tied_and_sharded_weights_and_what_is_no_folder_of_weights_pass(model_fo
         check_model_folder(model_folder)
     check_model_folder("gpt2")
     check_model_folder(tmp_path)
+
+
+def test_a_model_without_a_tokenizer_is_refused(model_folder: Path, tmp_path: Path):
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (model_folder / name).unlink(missing_ok=True)
+    Gemma3TextConfig(vocab_size=1000).save_pretrained(tmp_path / "gemma")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "gemma")) < 10  # made of nothing, without a word
+    for folder in (model_folder, tmp_path / "gemma"):
+        with pytest.raises(UserError, match=r"The model in .* has no tokenizer .*; copy its tokenizer's files into"):
+            check_model_folder(folder)
+
+
+def test_a_tokenizer_that_needs_no_file_is_one(tmp_path: Path):
+    T5Config(vocab_size=384, tokenizer_class="ByT5Tokenizer").save_pretrained(tmp_path)
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    check_model_folder(tmp_path)
+
+
+def test_a_gguf_file_is_told_how_to_convert(tmp_path: Path):
+    (tmp_path / "gemma-Q4_K_M.gguf").touch()
+    with pytest.raises(
+        UserError, match=r"holds gemma-Q4_K_M.gguf and no config.json: convert it to Hugging Face's format"
+    ):
+        check_model_folder(tmp_path)

@@ -1,6 +1,7 @@
 """Tokens made beforehand: they train as their text does, and another model's or another run's are refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import pytest
 import torch
 from datasets import Dataset
 from sae_lens import PretokenizeRunner, PretokenizeRunnerConfig
+from transformers import AutoTokenizer
 
 from sae_lens_matryoshka.errors import ConfigError, UserError
 from sae_lens_matryoshka.training import language_model
+from sae_lens_matryoshka.training.options import CheckpointOptions
 from sae_lens_matryoshka.training.run import train
 from tests.tiny_runs import assert_equal_weights, tiny_multi_run, tiny_run, trained_weights, write_jsonl
 
@@ -125,3 +128,18 @@ def test_tokens_that_the_run_file_calls_text_are_refused(tinystories: Path, tmp_
     run = tiny_run(tinystories, None, dataset_path=str(tmp_path / "tokens"), is_dataset_tokenized=False)
     with pytest.raises(ConfigError, match="is_dataset_tokenized=False, but the data set has a column 'tokens'"):
         train(run, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_text_with_a_token_that_the_model_has_no_embedding_for_is_named(tinystories: Path, tmp_path: Path, exact: bool):
+    """As Gemma 3's tokenizer has one for images, which its text models have not."""
+    model = shutil.copytree(tinystories / "model", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.save_pretrained(model)
+    write_jsonl(tmp_path / "text.jsonl", [{"text": "Once upon a time"}] * 4 + [{"text": "Look: <image>"}])
+    run = tiny_run(tinystories, None, model_name=str(model), dataset_path=str(tmp_path / "text.jsonl"))
+    with pytest.raises(
+        UserError, match=r"Row 5 of the data set gives, .*, the token id 512, but the model has"
+    ):
+        train(run, output=tmp_path / "sae", checkpointing=CheckpointOptions(exact))

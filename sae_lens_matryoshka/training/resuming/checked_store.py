@@ -30,6 +30,8 @@ class CheckedActivationsStore(ActivationsStore):
     _vocabulary_size: int | None
     _n_rows: int = 0
     """Rows read since this pass began, or was taken up from a checkpoint."""
+    _row: str = ""
+    """The row that was read last, as it is named to the user."""
     _n_row_tokens: int = 0
     _longest_row: int = 0
     _n_tokens_without_activation: int = 0
@@ -82,22 +84,30 @@ class CheckedActivationsStore(ActivationsStore):
     def _value(self, row: Any, number: int) -> Any:
         """What a row holds to train on, looked at."""
         self._n_rows += 1
-        value, where = row.get(self.tokens_column), f"Row {number} of the data set"
+        self._row = f"Row {number} of the data set"
+        value = row.get(self.tokens_column)
         if isinstance(value, Tensor):  # as a data set from the Hub may give it
             value = value.tolist()
-        self._check_value(value, where)
+        self._check_value(value, self._row)
         if self.is_dataset_tokenized and self._vocabulary_size is not None and max(value) >= self._vocabulary_size:
-            raise UserError(
-                f"{where} holds the token id {max(value)}, but the model has embeddings for {self._vocabulary_size} "
-                f"tokens; these are another tokenizer's"
-            )
+            raise self._unknown_token(max(value))
         return value
+
+    def _unknown_token(self, token_id: int) -> UserError:
+        made = "holds" if self.is_dataset_tokenized else "gives, by the model's tokenizer,"
+        remedy = "these are another tokenizer's" if self.is_dataset_tokenized else "take that piece of text out of it"
+        return UserError(
+            f"{self._row} {made} the token id {token_id}, but the model has embeddings for {self._vocabulary_size} "
+            f"tokens; {remedy}"
+        )
 
     @override
     def _iterate_raw_dataset_tokens(self) -> Generator[Tensor, None, None]:
         for tokens in super()._iterate_raw_dataset_tokens():
             self._n_row_tokens += len(tokens)
             self._longest_row = max(self._longest_row, len(tokens))
+            if self._vocabulary_size is not None and len(tokens) and int(tokens.max()) >= self._vocabulary_size:
+                raise self._unknown_token(int(tokens.max()))
             yield tokens
 
     # activations
