@@ -31,14 +31,7 @@ def add_to(commands: Any) -> None:
         "config", nargs="?",
         help=f"a YAML file, or the name of an embedded one (default: {DEMONSTRATION}, a demonstration of two minutes)",
     )  # fmt: skip
-    parser.add_argument(
-        "--set", dest="settings", action="append", default=[], metavar="KEY.SUB=VALUE",
-        help="change a field, repeatable; one of several SAEs goes by its name: saes.NAME.k=40",
-    )  # fmt: skip
-    parser.add_argument(
-        "--unset", action="append", default=[], metavar="KEY.SUB",
-        help="take a field out of the run file, before --set, repeatable",
-    )  # fmt: skip
+    add_run_file_arguments(parser)
     parser.add_argument("--output", metavar="DIR", help="folder to write (default: the run file's output_path)")
     parser.add_argument(
         "--resume", metavar="auto|PATH",
@@ -67,11 +60,23 @@ def add_to(commands: Any) -> None:
         "--keep-checkpoints", type=positive_count, metavar="N",
         help="remove all but the newest N checkpoints of the run",
     )  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def add_run_file_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what changes a run file, and what it may do, to a command that takes one."""
+    parser.add_argument(
+        "--set", dest="settings", action="append", default=[], metavar="KEY.SUB=VALUE",
+        help="change a field, repeatable; one of several SAEs goes by its name: saes.NAME.k=40",
+    )  # fmt: skip
+    parser.add_argument(
+        "--unset", action="append", default=[], metavar="KEY.SUB",
+        help="take a field out of the run file, before --set, repeatable",
+    )  # fmt: skip
     parser.add_argument(
         "--trust-remote-code", action="store_true",
         help="let the run file's trust_remote_code run code that comes with a model or data set",
     )  # fmt: skip
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:

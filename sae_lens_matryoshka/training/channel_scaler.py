@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.measuring.activation_profile import DOMINATING_SHARE
 from sae_lens_matryoshka.measuring.channel_statistics import ChannelStatistics, RunningChannelStatistics
 from sae_lens_matryoshka.normalization import CHANNEL_STANDARDIZATION, COVARIANCE_WHITENING
 from sae_lens_matryoshka.saes.nested_training_sae import NestedTrainingSAE
@@ -65,10 +66,8 @@ def prepare_normalization(trainer: "SAETrainer[Any, Any] | MultiSAETrainer", hoo
         UserError: If a checkpoint lacks the statistics that its weights were trained with, or they cannot be estimated:
             a channel never varies, or activations are not finite.
     """
-    if isinstance(trainer, MultiSAETrainer):
-        trainers, hooks = trainer.trainers, trainer.hook_names
-    else:
-        trainers, hooks = {"": trainer}, {"": hook_name or "the hook"}
+    trainers = {name: sae_trainer for name, sae_trainer, _ in _trainers(trainer, hook_name)}
+    hooks = {name: hook for name, _, hook in _trainers(trainer, hook_name)}
     standardized = [name for name, t in trainers.items() if t.sae.cfg.normalize_activations == CHANNEL_STANDARDIZATION]
     whitened = [name for name, t in trainers.items() if t.sae.cfg.normalize_activations == COVARIANCE_WHITENING]
     for name in (*standardized, *whitened):
@@ -87,6 +86,47 @@ def prepare_normalization(trainer: "SAETrainer[Any, Any] | MultiSAETrainer", hoo
         sae.gets_standardized_channels = True
         known = trainers[name].activation_scaler.whitening
         trainers[name].activation_scaler = ChannelScaler(whitening=known or whitenings[hooks[name]])
+
+
+def warn_of_dominating_channel(trainer: "SAETrainer[Any, Any] | MultiSAETrainer", hook_name: str | None = None) -> None:
+    """Warn at the first step if most of the variance is one channel's and stays so: loss and latents go to it.
+
+    Args:
+        trainer: A trainer that is about to train.
+        hook_name: Where a single SAE takes its activations; None for several.
+    """
+    for name, sae_trainer, hook in _trainers(trainer, hook_name):
+        if sae_trainer.sae.cfg.normalize_activations not in (CHANNEL_STANDARDIZATION, COVARIANCE_WHITENING):
+            _look_at_first_batch(sae_trainer, f"{name}: " if name else "", hook)
+
+
+def _look_at_first_batch(trainer: SAETrainer[Any, Any], prefix: str, hook: str) -> None:
+    step = trainer.step
+
+    def first_step(batch: Tensor) -> Any:
+        trainer.step = step
+        variance = batch.double().var(0)
+        share = variance.max() / variance.sum()
+        if share > DOMINATING_SHARE:
+            ours = isinstance(trainer.sae, NestedTrainingSAE)
+            logger.warning(
+                f"{prefix}channel {int(variance.argmax())} has {share:.0%} of the variance of the activations at "
+                f"{hook}, so loss and latents go to it; sae.normalize_activations="
+                f"{CHANNEL_STANDARDIZATION if ours else COVARIANCE_WHITENING} gives every channel as much "
+                f"(sae-lens-matryoshka look-at-activations shows more)."
+            )
+        return step(batch)
+
+    trainer.step = first_step
+
+
+def _trainers(
+    trainer: "SAETrainer[Any, Any] | MultiSAETrainer", hook_name: str | None
+) -> list[tuple[str, SAETrainer[Any, Any], str]]:
+    """Name, trainer and hook of every SAE; a single one has no name."""
+    if isinstance(trainer, MultiSAETrainer):
+        return [(name, sae_trainer, trainer.hook_names[name]) for name, sae_trainer in trainer.trainers.items()]
+    return [("", trainer, hook_name or "the hook")]
 
 
 def _estimate(

@@ -26,7 +26,7 @@ from sae_lens_matryoshka.model_folders import check_model_folder
 from sae_lens_matryoshka.run_files.building import LanguageModelRunConfig
 from sae_lens_matryoshka.saved.trained_from import record_local_paths
 from sae_lens_matryoshka.text.data_set import open_data_set
-from sae_lens_matryoshka.training.channel_scaler import prepare_normalization
+from sae_lens_matryoshka.training.channel_scaler import prepare_normalization, warn_of_dominating_channel
 from sae_lens_matryoshka.training.fused_adam import fuse_adam
 from sae_lens_matryoshka.training.options import CheckpointOptions
 from sae_lens_matryoshka.training.progress_bar import move_bar_every_step
@@ -85,6 +85,7 @@ class LanguageModelRunner(LanguageModelSAETrainingRunner):
             if self.start is not None:
                 self.start.prepare(trainer)
             prepare_normalization(trainer, self.cfg.hook_name)
+            warn_of_dominating_channel(trainer, self.cfg.hook_name)
             return trainer.fit()
 
 
@@ -127,6 +128,7 @@ class MultiSAERunner(MultiSAETrainingRunner):
         move_bar_every_step(trainer)
         with Checkpointer(trainer, self.checkpointing, self.cfg.resume_from_checkpoint).watching():
             prepare_normalization(trainer)
+            warn_of_dominating_channel(trainer)
             return trainer.fit()
 
 
