@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {
     "Guide": "README.md",
     "Variants": "docs/variants.md",
+    "Activations of real models": "docs/activations.md",
     "Results on TinyStories": "docs/saebench_tinystories.md",
     "Benchmarks": "benchmarks/README.md",
     "Promises": "docs/promises.md",

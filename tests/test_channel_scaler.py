@@ -195,6 +195,19 @@ def test_resumed_runs_end_as_uninterrupted_ones_and_are_folded(
     assert is_diagonal == (word == "channel_standardization")
 
 
+@pytest.mark.parametrize("word", WORDS)
+def test_bfloat16_parameters_do_as_float32_ones(tinystories: Path, tmp_path: Path, word: str):
+    fvu: dict[str, list[float]] = {}
+    for dtype in ("float32", "bfloat16"):
+        run = tiny_run(tinystories, None, sae=_sae("matryoshka", word, dtype=dtype), **SHORT)
+        [trained] = train(run, output=tmp_path / dtype, **SAMPLES).saes
+        assert trained.incomplete is None
+        assert trained.load().W_dec.dtype == getattr(torch, dtype)
+        assert trained.levels[-1].l0 == pytest.approx(8, rel=0.1)
+        fvu[dtype] = [level.fvu_standardized for level in trained.levels if level.fvu_standardized is not None]
+    assert fvu["bfloat16"] == pytest.approx(fvu["float32"], rel=0.05)
+
+
 def test_statistics_are_those_of_the_batches_that_saelens_would_have_taken(tinystories: Path, tmp_path: Path):
     run = tiny_run(tinystories, tmp_path, sae=_sae("matryoshka", "channel_standardization"), **SHORT)
     cfg: Any = build_runner_configs(run)

@@ -96,7 +96,7 @@ def _show(hook: str, profile: "ActivationProfile", texts: Mapping[int, str], con
     console.print(f"{hook}, {profile.n_samples:,} tokens. Norm, special tokens aside: {norms}.", soft_wrap=True)
     table = Table("", "ordinary tokens", "with extreme ones", title=f"Shares of the variance at {hook}")
     pairs = (profile.ordinary, profile.with_extreme)
-    table.add_row("mean (share of the second moment)", *(f"{v.mean_share:.1%}" for v in pairs))
+    table.add_row("mean, of the second moment", *(f"{v.mean_share:.1%}" for v in pairs))
     for place in range(len(pairs[0].channels)):
         table.add_row(
             "largest channels" if place == 0 else "",
@@ -104,7 +104,7 @@ def _show(hook: str, profile: "ActivationProfile", texts: Mapping[int, str], con
         )
     for place, (n, _) in enumerate(pairs[0].components):
         table.add_row(
-            f"principal component{f's, {n}' if n > 1 else ''}",
+            f"{n} principal component{'s' if n > 1 else ''}",
             *(f"{v.components[place][1]:.1%}" for v in pairs),
         )
     console.print(table)

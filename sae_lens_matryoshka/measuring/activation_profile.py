@@ -87,8 +87,8 @@ class ActivationProfile:
 
     @property
     def dominating_channel(self) -> tuple[int, float] | None:
-        """The channel that owns the variance, and its share, if one does."""
-        channel, share = self.ordinary.channels[0]
+        """The channel that owns the variance that a run is trained on, extreme tokens included, and its share."""
+        channel, share = self.with_extreme.channels[0]
         return (channel, share) if share > DOMINATING_SHARE else None
 
     @property

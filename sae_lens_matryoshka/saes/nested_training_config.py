@@ -42,7 +42,7 @@ class NestedTrainingSAEConfig(TrainingSAEConfig):
             folded into the saved SAE like SAELens's ``covariance_whitening``.
     """
 
-    normalize_activations: NormalizeActivations = "none"  # type: ignore[assignment]
+    normalize_activations: NormalizeActivations = "none"  # type: ignore[assignment]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     matryoshka_widths: list[int] = field(default_factory=list)
     level_weights: list[float] | None = None

@@ -135,7 +135,7 @@ def _estimate(
     """The whitening of each hook, estimated from the next batches; ``hooks`` are those of the SAEs that want one."""
     statistics = {hook: RunningChannelStatistics() for hook in hooks.values()}
     for _ in tqdm(range(trainer.cfg.n_batches_for_norm_estimate), "Estimating channels", leave=False):
-        batch = next(trainer.data_provider)
+        batch: Any = next(trainer.data_provider)
         for hook, running in statistics.items():
             try:
                 running.add(batch[hook] if isinstance(trainer, MultiSAETrainer) else batch)
