@@ -42,7 +42,7 @@ class NestedTrainingSAEConfig(TrainingSAEConfig):
             folded into the saved SAE like SAELens's ``covariance_whitening``.
     """
 
-    normalize_activations: NormalizeActivations = "none"  # type: ignore[assignment]  # pyright: ignore[reportIncompatibleVariableOverride]
+    normalize_activations: NormalizeActivations = "none"  # type: ignore[assignment]
 
     matryoshka_widths: list[int] = field(default_factory=list)
     level_weights: list[float] | None = None
@@ -67,7 +67,7 @@ class NestedTrainingSAEConfig(TrainingSAEConfig):
         if normalize_activations == CHANNEL_STANDARDIZATION:
             self.normalize_activations = COVARIANCE_WHITENING  # its diagonal case, which SAELens does not know by name
         super().__post_init__()
-        self.normalize_activations = normalize_activations
+        self.normalize_activations = normalize_activations  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @override
     def get_inference_sae_cfg_dict(self) -> dict[str, Any]:
