@@ -139,7 +139,5 @@ def test_text_with_a_token_that_the_model_has_no_embedding_for_is_named(tinystor
     tokenizer.save_pretrained(model)
     write_jsonl(tmp_path / "text.jsonl", [{"text": "Once upon a time"}] * 4 + [{"text": "Look: <image>"}])
     run = tiny_run(tinystories, None, model_name=str(model), dataset_path=str(tmp_path / "text.jsonl"))
-    with pytest.raises(
-        UserError, match=r"Row 5 of the data set gives, .*, the token id 512, but the model has"
-    ):
+    with pytest.raises(UserError, match=r"Row 5 of the data set gives, .*, the token id 512, but the model has"):
         train(run, output=tmp_path / "sae", checkpointing=CheckpointOptions(exact))

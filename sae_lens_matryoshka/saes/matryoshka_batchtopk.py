@@ -15,7 +15,7 @@ from sae_lens_matryoshka.saes.topk_family import TopKFamilyTrainingSAE, TopKFami
 
 
 @dataclass
-class MatryoshkaTrainingSAEConfig(TopKFamilyTrainingSAEConfig, MatryoshkaBatchTopKTrainingSAEConfig):
+class MatryoshkaTrainingSAEConfig(TopKFamilyTrainingSAEConfig, MatryoshkaBatchTopKTrainingSAEConfig):  # pyright: ignore[reportIncompatibleVariableOverride] # one word more
     """Configuration for training a Matryoshka SAE with BatchTopK.
 
     The fields are those of SAELens's ``matryoshka_batchtopk``, so a working config of it becomes ours by changing the

@@ -22,7 +22,7 @@ from sae_lens_matryoshka.saes.training_step import Encoding
 
 
 @dataclass
-class MatryoshkaJumpReLUTrainingSAEConfig(NestedTrainingSAEConfig, JumpReLUTrainingSAEConfig):
+class MatryoshkaJumpReLUTrainingSAEConfig(NestedTrainingSAEConfig, JumpReLUTrainingSAEConfig):  # pyright: ignore[reportIncompatibleVariableOverride] # one word more
     """Configuration for training a Matryoshka SAE with JumpReLU.
 
     The fields are those of SAELens's ``jumprelu`` and of :class:`NestedTrainingSAEConfig`. The sparsity penalty counts

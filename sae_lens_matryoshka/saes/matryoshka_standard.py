@@ -20,7 +20,7 @@ from sae_lens_matryoshka.saes.training_step import Encoding, Prefixes
 
 
 @dataclass
-class MatryoshkaStandardTrainingSAEConfig(NestedTrainingSAEConfig, StandardTrainingSAEConfig):
+class MatryoshkaStandardTrainingSAEConfig(NestedTrainingSAEConfig, StandardTrainingSAEConfig):  # pyright: ignore[reportIncompatibleVariableOverride] # one word more
     """Configuration for training a Matryoshka SAE with ReLU and an L1 penalty.
 
     The fields are those of SAELens's ``standard`` and of :class:`NestedTrainingSAEConfig`.

@@ -20,7 +20,7 @@ from sae_lens_matryoshka.saes.training_step import Encoding, Prefixes
 
 
 @dataclass
-class TopKFamilyTrainingSAEConfig(NestedTrainingSAEConfig, TopKTrainingSAEConfig):
+class TopKFamilyTrainingSAEConfig(NestedTrainingSAEConfig, TopKTrainingSAEConfig):  # pyright: ignore[reportIncompatibleVariableOverride] # one word more
     """Fields of the variants that select their latents.
 
     Args:

@@ -19,7 +19,7 @@ from typing import Any
 from sae_lens import SAETrainer
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from safetensors import SafetensorError
-from torch.linalg import LinAlgError
+from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 
 from sae_lens_matryoshka.errors import UserError, first_line
 from sae_lens_matryoshka.training.options import CheckpointOptions
