@@ -41,6 +41,7 @@ def write_shard(
     partial = path.with_name(f".{path.name}.partial")
     try:
         save_file({**activations, TOKENS: tokens.int(), KEPT: kept}, partial)
+        partial.chmod(0o644)  # safetensors makes it private
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         checksum = file_hash(partial)

@@ -217,14 +217,14 @@ class CachedRunner(LanguageModelRunner):
         self.sae.to(cfg.device)
         prepare_configs([self.sae])
         record_local_paths(cfg, [self.sae])
-        self.activations_store = cast(Any, CachedActivations(cache, cfg))
+        self.cached = CachedActivations(cache, cfg)
+        self.activations_store = cast(Any, self.cached)
         self.evaluator = cast(Any, None)
 
     @override
     def saved(self) -> list[SavedSAE]:
         """What a run saves, with the activations that the cache holds out."""
-        activations = partial(self.activations_store.held_out, self.cfg.hook_name)
-        return [SavedSAE("sae", "", activations, self.cfg.device, isinstance(self.sae, BatchTopKTrainingSAE))]
+        return [SavedSAE("sae", "", partial(self.cached.held_out, self.cfg.hook_name), self.cfg.device)]
 
 
 class CachedMultiSAERunner(MultiSAERunner):
@@ -241,14 +241,14 @@ class CachedMultiSAERunner(MultiSAERunner):
         }
         prepare_configs(self.saes.values())
         record_local_paths(cfg, self.saes.values())
-        self.activations_store = cast(Any, CachedActivations(cache, cfg))
+        self.cached = CachedActivations(cache, cfg)
+        self.activations_store = cast(Any, self.cached)
         self.evaluator = cast(Any, None)
 
     @override
     def saved(self) -> list[SavedSAE]:
         """What a run saves, with the activations that the cache holds out."""
         return [
-            SavedSAE(name, name, partial(self.activations_store.held_out, hook_name), self.cfg.device,
-                     isinstance(self.saes[name], BatchTopKTrainingSAE))
+            SavedSAE(name, name, partial(self.cached.held_out, hook_name), self.cfg.device)
             for name, hook_name in self.cfg.hook_names_per_sae.items()
-        ]  # fmt: skip
+        ]
