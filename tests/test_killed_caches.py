@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from sae_lens_matryoshka.activation_cache.cache import ActivationCache
+from sae_lens_matryoshka.activation_cache.manifest import read_manifest
 from sae_lens_matryoshka.training.caching import cache_activations
 from sae_lens_matryoshka.training.run import train
 from tests import processes
@@ -79,6 +81,14 @@ def test_ctrl_c_says_how_to_go_on(tinystories: Path, tmp_path: Path):
     other = tiny_run(tinystories, None, store_batch_size_prompts=5)
     with pytest.raises(ValueError, match=r"store_batch_size_prompts 5, not 3"):
         cache_activations(other, tmp_path / "cache", tokens=50_000, shard_bytes=2**20)
+    two_hooks = tiny_multi_run(tinystories, None, store_batch_size_prompts=3)
+    with pytest.raises(ValueError, match=r"hook 'model.layers.1', which is not among model.layers.2"):
+        cache_activations(two_hooks, tmp_path / "cache", tokens=50_000, shard_bytes=2**20)
+    # what is there can be made do with
+    n_rows = read_manifest(tmp_path / "cache").n_rows
+    result = cache_activations(tiny_run(tinystories, None), tmp_path / "cache", tokens=1000, shard_bytes=2**20)
+    assert (result.n_rows, result.was_finished) == (n_rows, False)
+    assert ActivationCache(tmp_path / "cache").n_rows == n_rows
 
 
 @pytest.mark.parametrize("kind", MAKE)

@@ -49,7 +49,6 @@ SHARD_BYTES = 128 * 2**20
 MOST_SHARDS = 256
 
 _OF_WRITING = {
-    "n_wanted": "--tokens or training_tokens",
     "store_batch_size_prompts": "store_batch_size_prompts",
     "shard_bytes": "bytes a shard (--shard-mb)",
 }
@@ -82,7 +81,7 @@ def cache_activations(
             and width count.
         output: The folder to write. An unfinished cache of the same run there is gone on with.
         tokens: How many activations to cache; None takes ``training_tokens``. Batches of the model are cached whole.
-            Where the text ends before, the cache ends there.
+            Where the text ends before, the cache ends there. An unfinished cache may be gone on with to another number.
         dtype: The type to keep them in, one of :data:`DTYPES`.
         shard_bytes: A shard ends with the batch that reaches this size; None takes 128 MiB, or more if there were more
             than 256 shards.
@@ -115,10 +114,14 @@ def cache_activations(
         folder.mkdir(parents=True, exist_ok=True)
         write_manifest(folder, manifest)
         try:
-            manifest = _go_on(cfg, folder, manifest)
+            if manifest.n_rows < manifest.n_wanted:
+                manifest = _go_on(cfg, folder, manifest)
+            manifest = replace(manifest, finished=True, text_ended=manifest.n_rows < manifest.n_wanted)
+            write_manifest(folder, manifest)
+            shutil.rmtree(_position(folder, len(manifest.shards)), ignore_errors=True)
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"The activation cache {folder} could not be written ({error}); "
+                f"The activation cache {folder} could not be finished ({error}); "
                 f"{shutil.disk_usage(folder).free / 1e9:,.1f} GB are free. The same command goes on with it."
             ) from error
         except KeyboardInterrupt:
@@ -143,7 +146,10 @@ def _begun(folder: Path, wanted: Manifest) -> Manifest:
             )
         return wanted
     there = read_manifest(folder)
-    different = differences(there.made_from, wanted.made_from, () if there.finished else there.made_from["hooks"])
+    if not there.shards:  # of a run that was mistaken, perhaps
+        return wanted
+    of_both = {**wanted.made_from["hooks"], **there.made_from["hooks"]}
+    different = differences(there.made_from, wanted.made_from, () if there.finished else of_both)
     if there.dtype != wanted.dtype:
         different.append(f"--dtype {wanted.dtype}, not {there.dtype}")
     if there.finished:  # one that holds more serves as well
@@ -160,7 +166,7 @@ def _begun(folder: Path, wanted: Manifest) -> Manifest:
             f"The output {folder} is {'a' if there.finished else 'an unfinished'} cache of other activations than this "
             f"run's: {'; '.join(different)}. Set the run's fields as they were, or choose another folder."
         )
-    return there
+    return there if there.finished else replace(there, n_wanted=wanted.n_wanted)
 
 
 def _check_room(folder: Path, n_bytes: int) -> None:
@@ -176,31 +182,24 @@ def _check_room(folder: Path, n_bytes: int) -> None:
 def _go_on(cfg: LanguageModelRunConfig, folder: Path, manifest: Manifest) -> Manifest:
     store = _store(cfg)
     _take_up(folder, manifest, store)
-    manifest = replace(manifest, text_ended=False)
+    begun, n_before = time.perf_counter(), manifest.n_rows
+    batches = _batches(store, hooks_of(cfg), DTYPES[manifest.dtype])
     with tqdm(
-        total=manifest.n_wanted, initial=manifest.n_rows, desc="Caching activations", unit="tok", unit_scale=True
+        total=manifest.n_wanted, initial=n_before, desc="Caching activations", unit=" tokens", unit_scale=True
     ) as progress:
-        begun, n_before = time.perf_counter(), manifest.n_rows
-        batches = _batches(store, hooks_of(cfg), DTYPES[manifest.dtype])
         while manifest.n_rows < manifest.n_wanted:
             shard = list(_shard(batches, manifest, progress))
             if not any(batch.kept.any() for batch in shard):
                 break
             manifest = _add(folder, manifest, shard, store)
-        seconds = time.perf_counter() - begun
     if manifest.n_rows == 0:
         raise UserError(store.why_no_sequence())
-    text_ended = manifest.n_rows < manifest.n_wanted
-    if text_ended:
+    if manifest.n_rows < manifest.n_wanted:
         logger.info(
             f"The text ends after {manifest.n_rows:,} activations, before the {manifest.n_wanted:,} asked for, and so "
             f"does the cache: training goes through it again and again."
         )
-    manifest = replace(manifest, finished=True, text_ended=text_ended)
-    write_manifest(folder, manifest)
-    shutil.rmtree(_position(folder, len(manifest.shards)), ignore_errors=True)
-    if manifest.n_rows > n_before:
-        logger.info(f"{(manifest.n_rows - n_before) / seconds:,.0f} activations a second.")
+    logger.info(f"{(manifest.n_rows - n_before) / (time.perf_counter() - begun):,.0f} activations a second.")
     return manifest
 
 
