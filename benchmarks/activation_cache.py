@@ -22,7 +22,6 @@ from rich.table import Table
 from sae_lens import LoggingConfig, SAETrainer, TrainingSAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
-from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
 from sae_lens_matryoshka.activation_cache.batches import ShuffledBatches, held_out_batches
@@ -33,6 +32,7 @@ from sae_lens_matryoshka.registration import register
 from sae_lens_matryoshka.run_files.building import build_runner_configs
 from sae_lens_matryoshka.run_files.reading import read_run_file
 from sae_lens_matryoshka.training.caching import cache_activations
+from sae_lens_matryoshka.training.channel_scaler import prepare_normalization
 from sae_lens_matryoshka.training.fused_adam import fuse_adam
 from sae_lens_matryoshka.training.resuming.mixing_buffer import ResumableMixingBuffer
 from sae_lens_matryoshka.training.resuming.resumable_store import ResumableActivationsStore
@@ -76,13 +76,13 @@ class Training:
         )  # fmt: skip
         self.trainer: Any = SAETrainer(trainer_cfg, self.sae, batches())
         fuse_adam(self.trainer)
-        self.scaler: ActivationScaler = self.trainer.activation_scaler
         estimate = {
-            "expected_average_only_in": self.scaler.estimate_scaling_factor,
-            "covariance_whitening": self.scaler.estimate_whitening,
+            "expected_average_only_in": self.trainer.activation_scaler.estimate_scaling_factor,
+            "covariance_whitening": self.trainer.activation_scaler.estimate_whitening,
         }.get(self.sae.cfg.normalize_activations)
         if estimate is not None:
-            estimate(self.sae.cfg.d_in, batches(), min(n_steps, cfg.n_batches_for_norm_estimate))
+            estimate(self.sae.cfg.d_in, batches(), cfg.n_batches_for_norm_estimate)
+        prepare_normalization(self.trainer)
 
     def step(self, batch: Tensor) -> None:
         self.trainer.step(batch)
@@ -93,7 +93,7 @@ class Training:
         """FVU in the units that the SAE is trained in, and latents that never fire, on what is held out."""
         inputs, residuals, fired = [], [], torch.zeros(self.sae.cfg.d_sae, dtype=torch.bool)
         for batch in held_out_batches(cache, hook, batch_size, "cpu"):
-            x = self.scaler(batch)
+            x = self.trainer.activation_scaler(batch)
             output = self.sae.training_forward_pass(TrainStepInput(x, {}, None, self.trainer.n_training_steps, False))
             acts = output.feature_acts.to_dense() if output.feature_acts.is_sparse else output.feature_acts
             fired |= (acts > 0).any(0)

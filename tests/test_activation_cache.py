@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from sae_lens import ActivationsStore
 from sae_lens.load_model import load_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from sae_lens_matryoshka.activation_cache.batches import ShuffledBatches, held_out_batches
 from sae_lens_matryoshka.activation_cache.cache import ActivationCache
-from sae_lens_matryoshka.activation_cache.made_from import made_from
+from sae_lens_matryoshka.activation_cache.made_from import differences, made_from
 from sae_lens_matryoshka.activation_cache.manifest import Manifest, write_manifest
 from sae_lens_matryoshka.activation_cache.shards import write_shard
 from sae_lens_matryoshka.errors import UserError
@@ -25,6 +26,7 @@ from sae_lens_matryoshka.text.data_set import open_data_set
 from sae_lens_matryoshka.training.caching import cache_activations
 from sae_lens_matryoshka.training.options import CheckpointOptions
 from sae_lens_matryoshka.training.run import train
+from tests.conftest import real_model
 from tests.tiny_runs import tiny_multi_run, tiny_run, tiny_sae
 
 SMALL: Any = {"tokens": 4000, "shard_bytes": 200_000}
@@ -81,6 +83,36 @@ def test_a_row_leads_back_to_its_text(tinystories: Path, tmp_path: Path):
         tokens, position = cache.text_of(row)
         _, activations = model.run_with_cache(tokens[None].long(), names_filter=["model.layers.2"])
         torch.testing.assert_close(activations["model.layers.2"][0, position], rows[row], rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_a_real_model_are_its_hidden_states(tmp_path: Path):
+    model_folder, text = real_model("gemma-3-270m"), tmp_path / "text.txt"
+    text.write_text("The capital of France is Paris, and that of Italy is Rome.\n" * 40)
+    run = {
+        "model_name": str(model_folder),
+        "model_class_name": "AutoModelForCausalLM",
+        "model_from_pretrained_kwargs": {"dtype": "bfloat16"},
+        "hook_name": "model.layers.9",
+        "dataset_path": str(text),
+        "is_dataset_tokenized": False,
+        "streaming": False,
+        "context_size": 32,
+        "exclude_special_tokens": True,
+        "store_batch_size_prompts": 4,
+        "train_batch_size_tokens": 64,
+        "n_batches_in_buffer": 8,
+        "sae": tiny_sae(d_in=640),
+        "training_tokens": 100,
+        "device": "cpu",
+    }
+    cache = ActivationCache(cache_activations(run, tmp_path / "cache").folder)
+    tokens = torch.stack([cache.text_of(row)[0] for row in range(cache.n_rows)]).unique_consecutive(dim=0).long()
+    assert tokens.shape == (4, 32)
+    assert tokens[:, 0].eq(2).all()
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
+    with torch.no_grad():
+        hidden = model(tokens, output_hidden_states=True).hidden_states[10]
+    assert _all_rows(cache, "model.layers.9").equal(hidden[tokens != 2])
 
 
 def test_the_cache_ends_with_the_text(tinystories: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -286,7 +318,7 @@ def test_damaged_and_unfinished_caches_are_refused(
         ({"prepend_bos": False}, "prepend_bos=False, not True"),
         ({"seqpos_slice": [1, None]}, r"seqpos_slice=\[1, None\], not \[None\]"),
         ({"autocast_lm": True}, "autocast_lm=True, not False"),
-        ({"model_from_pretrained_kwargs": {"torch_dtype": "bfloat16"}}, "model_from_pretrained_kwargs={'torch_dtype'"),
+        ({"model_from_pretrained_kwargs": {"dtype": "bfloat16"}}, "model_from_pretrained_kwargs={'dtype': 'bfloat16'"),
         ({"sae": tiny_sae(d_in=32)}, "d_in=32 at model.layers.2, not 64"),
         (
             {"train_batch_size_tokens": 3900, "n_batches_in_buffer": 99, "training_tokens": 200_000},
@@ -313,6 +345,10 @@ def test_model_and_text_go_by_their_contents(tinystories: Path, tmp_path: Path, 
     save_file(tensors, weights, {"format": "pt"})
     with pytest.raises(UserError, match=r"model_name='.*' has other contents than"):
         train(run, output=tmp_path / "out", activations=cached)
+    names = [{"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}, {"torch_dtype": torch.bfloat16}]
+    cfgs: Any = [build_runner_configs({**run, "model_from_pretrained_kwargs": kwargs}) for kwargs in names]
+    assert not differences(made_from(cfgs[0]), made_from(cfgs[1]))
+    assert not differences(made_from(cfgs[0]), made_from(cfgs[2]))
     (text / "more.jsonl").write_text('{"text": "more"}\n')
     differ = made_from(build_runner_configs(run))["dataset_content"]  # type: ignore[arg-type]
     assert differ != ActivationCache(cached).manifest.made_from["dataset_content"]

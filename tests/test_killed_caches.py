@@ -95,7 +95,7 @@ def test_ctrl_c_says_how_to_go_on(tinystories: Path, tmp_path: Path):
 def test_training_from_a_cache_that_is_interrupted_ends_as_if_it_had_not_been(
     tinystories: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ):
-    whitened: Any = {"sae": tiny_sae(normalize_activations="covariance_whitening")} if kind == "single" else {}
+    whitened: Any = {"sae": tiny_sae(normalize_activations="channel_standardization")} if kind == "single" else {}
     make = MAKE[kind]
     cache = cache_activations(make(tinystories, None), tmp_path / "cache", tokens=3000, shard_bytes=2**18).folder
     options: Any = {"calibration_samples": 100, "measure_samples": 100, "activations": cache}

@@ -38,6 +38,8 @@ def test_every_block_is_covered():
         ["train", "gemma-2-2b"],
         ["train", "gemma-2-2b-sweep"],
         ["train", "gemma-2-2b"],
+        ["cache", "gemma-2-2b"],
+        ["train", "gemma-2-2b"],
         ["push", "runs/stories260K"],
         ["evaluate", "runs/stories260K"],
     ]
@@ -70,7 +72,7 @@ def test_training_from_python_ends_with_a_calibrated_sae(tinystories: Path, tmp_
     assert float(l0) == pytest.approx(16, abs=0.3)
 
 
-@pytest.mark.parametrize("index", [1, 4, 5, 6])
+@pytest.mark.parametrize("index", [1, 4, 5, 6, 7, 8])
 def test_commands_that_need_the_hub_or_a_gpu_say_so_in_one_sentence(index: int, tmp_path: Path):
     if torch.cuda.is_available() and index > 1:
         pytest.skip("with a GPU these commands only lack the Hub, which the TinyStories command shows")

@@ -53,6 +53,10 @@ def made_from(cfg: LanguageModelRunConfig) -> dict[str, Any]:
         "dataset_path": cfg.dataset_path,
         "dataset_content": _content(Path(cfg.dataset_path).expanduser()) if cfg.dataset_path else None,
         **{name: getattr(cfg, name) for name in _FIELDS},
+        "model_from_pretrained_kwargs": {  # transformers takes both names, and types by name or as objects
+            "dtype" if name == "torch_dtype" else name: str(value).removeprefix("torch.") if "dtype" in name else value
+            for name, value in (cfg.model_from_pretrained_kwargs or {}).items()
+        },
         "hooks": hooks_of(cfg),
     }
     return json.loads(json.dumps(fields, default=str))
