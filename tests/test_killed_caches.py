@@ -95,12 +95,14 @@ def test_ctrl_c_says_how_to_go_on(tinystories: Path, tmp_path: Path):
 def test_training_from_a_cache_that_is_interrupted_ends_as_if_it_had_not_been(
     tinystories: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ):
-    whitened: Any = {"sae": tiny_sae(normalize_activations="channel_standardization")} if kind == "single" else {}
+    changes: Any = {"prefetch_llm_batches": True}
+    if kind == "single":
+        changes["sae"] = tiny_sae(normalize_activations="channel_standardization")
     make = MAKE[kind]
     cache = cache_activations(make(tinystories, None), tmp_path / "cache", tokens=3000, shard_bytes=2**18).folder
     options: Any = {"calibration_samples": 100, "measure_samples": 100, "activations": cache}
-    expected = train(make(tinystories, None, **whitened), output=tmp_path / "uninterrupted", **options).output
-    run = make(tinystories, tmp_path / "checkpoints", **whitened)
+    expected = train(make(tinystories, None, **changes), output=tmp_path / "uninterrupted", **options).output
+    run = make(tinystories, tmp_path / "checkpoints", **changes)
     # of three epochs the first and the last: a batch crosses their ends
     for step in (3, 45):
         with monkeypatch.context() as patch:

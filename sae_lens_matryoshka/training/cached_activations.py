@@ -81,7 +81,7 @@ def open_activations(cfg: LanguageModelRunConfig, checkpointing: CheckpointOptio
     """The activation cache that a run reads, checked; None if it reads a model's activations, or a cache of SAELens's.
 
     Args:
-        cfg: The run's config.
+        cfg: The run's config; what it says of reading the model ahead is taken back.
         checkpointing: What checkpoints hold and how many are kept.
 
     Raises:
@@ -100,6 +100,7 @@ def open_activations(cfg: LanguageModelRunConfig, checkpointing: CheckpointOptio
             "evaluator is called with SAELens's own evaluations, which need the language model; leave it out, or train "
             "without --activations."
         )
+    cfg.prefetch_llm_batches = False  # there is no language model to wait for
     cache = ActivationCache(Path(path))
     cache.check_serves(cfg)
     logger.info(
@@ -144,7 +145,6 @@ def cached_runner(
         cache: The cache, which serves the run.
     """
     torch.manual_seed(cfg.seed)
-    cfg.prefetch_llm_batches = False  # there is no language model to wait for
     if isinstance(cfg, MultiSAETrainingRunnerConfig):
         return CachedMultiSAERunner(cfg, checkpointing, cache)
     return CachedRunner(cfg, checkpointing, start, cache)
