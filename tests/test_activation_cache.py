@@ -364,6 +364,10 @@ def test_options_that_a_cache_does_not_use_are_refused(tinystories: Path, tmp_pa
             train(run, output=out, activations=cached, **samples)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="is no folder"):
         train(run, output=out, activations=tmp_path / "nothing")
+    (tmp_path / "saelens").mkdir()
+    (tmp_path / "saelens" / "dataset_info.json").write_text("{}")
+    with pytest.raises(UserError, match="SAELens takes its own for a single SAE only"):
+        train(tiny_multi_run(tinystories, None), output=out, activations=tmp_path / "saelens")
     with pytest.raises(UserError, match="leave one of them out"):
         train({**run, "use_cached_activations": True, "cached_activations_path": "x"}, output=out, activations=cached)
     synthetic = {
