@@ -84,7 +84,11 @@ def test_ctrl_c_says_how_to_go_on(tinystories: Path, tmp_path: Path):
     two_hooks = tiny_multi_run(tinystories, None, store_batch_size_prompts=3)
     with pytest.raises(ValueError, match=r"hook 'model.layers.1', which is not among model.layers.2"):
         cache_activations(two_hooks, tmp_path / "cache", tokens=50_000, shard_bytes=2**20)
-    # what is there can be made do with
+    # what is there can be made do with, also where nothing else is left
+    [position] = (tmp_path / "cache").glob("position-*/activations_store_position.json")
+    position.write_text(position.read_text().replace("1", "2"))
+    with pytest.raises(ValueError, match=r"position in the text is damaged .* by --tokens \d+"):
+        cache_activations(tiny_run(tinystories, None), tmp_path / "cache", tokens=50_000, shard_bytes=2**20)
     n_rows = read_manifest(tmp_path / "cache").n_rows
     result = cache_activations(tiny_run(tinystories, None), tmp_path / "cache", tokens=1000, shard_bytes=2**20)
     assert (result.n_rows, result.was_finished) == (n_rows, False)

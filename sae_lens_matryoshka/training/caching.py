@@ -37,7 +37,8 @@ from sae_lens_matryoshka.run_files.building import LanguageModelRunConfig, Runne
 from sae_lens_matryoshka.training.language_model import language_model_runner
 from sae_lens_matryoshka.training.options import CheckpointOptions
 from sae_lens_matryoshka.training.output_folders import output_lock
-from sae_lens_matryoshka.training.resuming.manifest import flush_folder
+from sae_lens_matryoshka.training.resuming.manifest import find_damage, flush_folder
+from sae_lens_matryoshka.training.resuming.manifest import write_manifest as write_digests
 from sae_lens_matryoshka.training.resuming.resumable_store import ResumableActivationsStore
 from sae_lens_matryoshka.training.run import runner_configs
 
@@ -286,6 +287,7 @@ def _add(folder: Path, manifest: Manifest, shard: list[_Batch], store: Resumable
     shutil.rmtree(position, ignore_errors=True)
     position.mkdir()
     store.save_to_checkpoint(position)
+    write_digests(position)
     flush_folder(folder)
     manifest = replace(manifest, shards=(*manifest.shards, record))
     write_manifest(folder, manifest)
@@ -305,13 +307,13 @@ def _take_up(folder: Path, manifest: Manifest, store: ResumableActivationsStore)
     if n_shards == 0:
         return
     check_shards(folder, manifest, 0)
-    try:
-        store.load_from_checkpoint(_position(folder, n_shards))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    position = _position(folder, n_shards)
+    if damage := find_damage(position):
         raise UserError(
-            f"The activation cache {folder} cannot be gone on with, since its position in the text cannot be read "
-            f"({error}); remove it and begin anew."
-        ) from error
+            f"The activation cache {folder} cannot be gone on with, since its position in the text is damaged "
+            f"({damage}); make do with what is there, by --tokens {manifest.n_rows}, or remove it and begin anew."
+        )
+    store.load_from_checkpoint(position)
     logger.info(f"Going on after {manifest.n_rows:,} activations in {n_shards} complete shards of {folder}.")
 
 
