@@ -20,6 +20,7 @@ PAGES = {
     "Variants": "docs/variants.md",
     "Activations of real models": "docs/activations.md",
     "Results on TinyStories": "docs/saebench_tinystories.md",
+    "Activation caches": "docs/activation-cache.md",
     "Benchmarks": "benchmarks/README.md",
     "Promises": "docs/promises.md",
     "SAELens extension points": "entry_points.md",

@@ -36,6 +36,7 @@ if not is_command_line():  # which does this itself, once it is sure to need it
     from sae_lens_matryoshka.saes.matryoshka_topk import MatryoshkaTopKTrainingSAE, MatryoshkaTopKTrainingSAEConfig
     from sae_lens_matryoshka.saes.prefix_sampling import PrefixSampling
     from sae_lens_matryoshka.saved.level_figures import LevelMetrics
+    from sae_lens_matryoshka.training.caching import CacheResult, cache_activations
     from sae_lens_matryoshka.training.options import CheckpointOptions
     from sae_lens_matryoshka.training.run import TrainResult, train
     from sae_lens_matryoshka.training.trained_saes import TrainedSAE
@@ -45,6 +46,7 @@ if not is_command_line():  # which does this itself, once it is sure to need it
 __version__ = version("sae-lens-matryoshka")
 
 __all__ = [
+    "CacheResult",
     "CheckpointOptions",
     "LevelMetrics",
     "MatryoshkaJumpReLUSAE",
@@ -67,6 +69,7 @@ __all__ = [
     "ThresholdCalibration",
     "TrainResult",
     "TrainedSAE",
+    "cache_activations",
     "calibrate_threshold",
     "for_transformer_lens",
     "geometric_widths",

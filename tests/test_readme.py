@@ -38,6 +38,8 @@ def test_every_block_is_covered():
         ["train", "gemma-2-2b"],
         ["train", "gemma-2-2b-sweep"],
         ["train", "gemma-2-2b"],
+        ["cache", "gemma-3-270m"],
+        ["train", "gemma-3-270m"],
         ["push", "runs/stories260K"],
         ["evaluate", "runs/stories260K"],
     ]
@@ -70,13 +72,23 @@ def test_training_from_python_ends_with_a_calibrated_sae(tinystories: Path, tmp_
     assert float(l0) == pytest.approx(16, abs=0.3)
 
 
-@pytest.mark.parametrize("index", [1, 4, 5, 6])
-def test_commands_that_need_the_hub_or_a_gpu_say_so_in_one_sentence(index: int, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("index", "expected"),
+    [
+        (1, "model_name=DIR"),
+        (4, "set device=cpu"),
+        (5, "set device=cpu"),
+        (6, "set device=cpu"),
+        (7, "model_name=DIR"),
+        (8, "caches/gemma-3-270m is no folder"),
+    ],
+)
+def test_commands_that_need_the_hub_or_a_gpu_say_so_in_one_sentence(index: int, expected: str, tmp_path: Path):
     if torch.cuda.is_available() and index > 1:
         pytest.skip("with a GPU these commands only lack the Hub, which the TinyStories command shows")
     done = processes.run(commands()[index], tmp_path)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
-    assert ("model_name=DIR" if index == 1 else "set device=cpu") in last
+    assert expected in last
     assert "Traceback" not in done.stderr

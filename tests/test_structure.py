@@ -11,7 +11,7 @@ LAYERS = [
     ["errors", "command_line_start"],
     ["untrusted", "saelens_fields", "saelens_fields_table", "levels", "devices", "model_folders", "normalization"],
     ["run_files", "saved", "ops"],
-    ["text"],
+    ["text", "activation_cache"],
     ["saes"],
     ["registration", "measuring", "in_model"],
     ["training", "hub", "bench"],

@@ -11,6 +11,7 @@ import wandb
 from sae_lens import SAETrainer
 
 from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.training.caching import cache_activations
 from sae_lens_matryoshka.training.run import train
 from sae_lens_matryoshka.training.wandb_run import artifact_name
 from tests.tiny_runs import tiny_multi_run, tiny_run, tiny_sae
@@ -55,6 +56,21 @@ def test_a_model_folder_whose_name_wandb_refuses(tinystories: Path, tmp_path: Pa
         name = {"1": "_early", "2": "_late"}[layer] if make is tiny_multi_run else ""
         assert f"my_model__l_2____model.layers.{layer}_128{name}_log_feature_sparsity".encode() in logged
     assert b"metrics/explained_variance" in logged
+
+
+@pytest.mark.parametrize("make", [tiny_run, tiny_multi_run])
+def test_from_an_activation_cache_wandb_is_told_all_but_what_needs_a_model(
+    tinystories: Path, tmp_path: Path, make: Any, caplog: Any
+):
+    logger = {**SHORT["logger"], "eval_every_n_wandb_logs": 1}
+    run = make(tinystories, None, **{**SHORT, "logger": logger})
+    cache = cache_activations(run, tmp_path / "cache", tokens=4000).folder
+    with caplog.at_level("INFO", "sae_lens_matryoshka"):
+        train(run, output=tmp_path / "out", activations=cache, calibration_samples=100, measure_samples=100)
+    assert "no losses recovered to log to wandb" in caplog.text
+    [logged] = _logged(tmp_path)
+    assert b"losses/overall_loss" in logged
+    assert b"ce_loss_score" not in logged
 
 
 def test_artifacts_of_two_saes_on_one_hook_have_names_of_their_own(tinystories: Path, tmp_path: Path):

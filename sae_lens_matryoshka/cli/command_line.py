@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from sae_lens_matryoshka.cli import evaluate, inspect, look_at_activations, push, saelens, train
+from sae_lens_matryoshka.cli import cache, evaluate, inspect, look_at_activations, push, saelens, train
 from sae_lens_matryoshka.cli.loading import load_saelens
 from sae_lens_matryoshka.cli.progress import PROGRESS_BARS
 from sae_lens_matryoshka.errors import REPORT_BUG, UserError
@@ -44,7 +44,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="sae-lens-matryoshka", description="Matryoshka SAEs for SAELens.")
     parser.add_argument("--version", action="version", version=version("sae-lens-matryoshka"))
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (train, look_at_activations, inspect, push, evaluate, saelens):
+    for command in (train, cache, look_at_activations, inspect, push, evaluate, saelens):
         command.add_to(commands)
     options, rest = parser.parse_known_args(evaluate.join_negative_levels(arguments))
     if rest and options.command != "saelens":

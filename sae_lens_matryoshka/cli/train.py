@@ -60,6 +60,10 @@ def add_to(commands: Any) -> None:
         "--keep-checkpoints", type=positive_count, metavar="N",
         help="remove all but the newest N checkpoints of the run",
     )  # fmt: skip
+    parser.add_argument(
+        "--activations", metavar="DIR",
+        help="train from the activations that the command cache has written there, without the language model",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -100,7 +104,7 @@ def run(options: argparse.Namespace) -> None:
     load_saelens()
     from sae_lens_matryoshka.training.run import train
 
-    with _progress_messages():
+    with progress_messages():
         result = train(
             run_file,
             output=options.output,
@@ -110,6 +114,7 @@ def run(options: argparse.Namespace) -> None:
             measure_samples=options.measure_samples,
             trust_remote_code=options.trust_remote_code,
             checkpointing=checkpointing,
+            activations=options.activations,
         )
     _show(result, console)
     if incomplete := ", ".join(sae.name for sae in result.saes if sae.incomplete is not None):
@@ -140,7 +145,7 @@ def _show(result: "TrainResult", console: PlainConsole) -> None:
 
 
 @contextmanager
-def _progress_messages() -> Iterator[None]:
+def progress_messages() -> Iterator[None]:
     """Show this package's messages beside the progress bars; SAELens's own say no more than it lets them."""
     from tqdm.contrib.logging import logging_redirect_tqdm
 

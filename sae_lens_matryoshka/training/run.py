@@ -17,6 +17,7 @@ from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.synthetic import RUNNER_CONFIG_FILENAME, SyntheticSAERunnerConfig
 from safetensors import SafetensorError
 
+from sae_lens_matryoshka.activation_cache.cache import ActivationCache
 from sae_lens_matryoshka.errors import ConfigError, UserError
 from sae_lens_matryoshka.run_files.building import (
     LanguageModelRunConfig,
@@ -26,7 +27,13 @@ from sae_lens_matryoshka.run_files.building import (
     check_runner_config,
 )
 from sae_lens_matryoshka.saved.level_figures import read_level_figures
-from sae_lens_matryoshka.training.language_model import language_model_runner
+from sae_lens_matryoshka.training.cached_activations import (
+    cached_runner,
+    held_out_samples,
+    open_activations,
+    read_from,
+)
+from sae_lens_matryoshka.training.language_model import LanguageModelRunner, MultiSAERunner, language_model_runner
 from sae_lens_matryoshka.training.option_checks import check_samples, check_synthetic_options
 from sae_lens_matryoshka.training.options import CheckpointOptions
 from sae_lens_matryoshka.training.output_folders import (
@@ -48,7 +55,7 @@ from sae_lens_matryoshka.training.trained_saes import (
     complete,
     is_complete,
 )
-from sae_lens_matryoshka.training.training_on import load_starting_point
+from sae_lens_matryoshka.training.training_on import StartingPoint, load_starting_point
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +82,7 @@ def train(
     measure_samples: int | None = None,
     checkpointing: CheckpointOptions = CheckpointOptions(),  # noqa: B008 it is frozen
     trust_remote_code: bool = False,
+    activations: str | Path | None = None,
 ) -> TrainResult:
     """Train with SAELens's own runners, then calibrate and measure what has been trained.
 
@@ -95,6 +103,9 @@ def train(
         checkpointing: What checkpoints hold and how many are kept.
         trust_remote_code: Whether code that comes with a data set may be run (SAELens's own default), and whether a run
             file may ask for that of a model.
+        activations: The folder of an activation cache to train from, without a language model
+            (:func:`~sae_lens_matryoshka.cache_activations` makes one). Thresholds are calibrated and levels measured
+            on what it holds out, at most ``calibration_samples`` and ``measure_samples`` of it.
 
     Raises:
         ConfigError: If the run cannot be used, or names a model or data set that cannot be loaded.
@@ -102,7 +113,11 @@ def train(
             there are numbers that are not finite. The last checkpoint is as it was.
         FileExistsError: If the output folder is not empty and ``force`` is not set.
     """
-    configs = _runner_configs(run, trust_remote_code)
+    configs = runner_configs(run, trust_remote_code)
+    if activations is not None:
+        if isinstance(configs, dict):
+            raise ConfigError("--activations is for runs on a language model; a synthetic one needs no cache.")
+        configs = read_from(configs, activations)
     check_samples(configs, calibration_samples, measure_samples)
     samples = Samples(*(DEFAULT_SAMPLES if n is None else n for n in (calibration_samples, measure_samples)))
     first, *others = configs.values() if isinstance(configs, dict) else [configs]
@@ -118,21 +133,24 @@ def train(
                 saved = train_on_synthetic_model(configs, staging)
                 _record_output_path(staging, output_path)
             return _finish(saved, output_path, samples)
+    cache = open_activations(configs, checkpointing)
+    if cache is not None:
+        samples = held_out_samples(cache, calibration_samples, measure_samples)
     with output_lock(output_path):
         resume = configs.resume_from_checkpoint if resume is None else resume
         other = why_not_finished(output_path, configs, samples.calibration) if resume == "auto" else None
         if resume != "auto" or force or other:
-            saved = _train_on_language_model(configs, output_path, resume, force, other, checkpointing)
+            saved = _train_on_language_model(configs, output_path, resume, force, other, checkpointing, cache)
             return _finish(saved, output_path, samples)
         folders = sae_folders(output_path, configs)
         if all(is_complete(folder, measure_samples) for folder in folders.values()):
             finished = [TrainedSAE(name, path, None, read_level_figures(path)) for name, path in folders.items()]
             return TrainResult(output_path, finished, was_finished=True)
         logger.info(f"The SAEs in {output_path} are trained, and are now calibrated and measured.")
-        return _finish(language_model_runner(configs, checkpointing).saved(), output_path, samples)
+        return _finish(_runner(configs, checkpointing, None, cache).saved(), output_path, samples)
 
 
-def _runner_configs(run: Mapping[str, Any] | RunnerConfig, trust_remote_code: bool) -> RunnerConfigs:
+def runner_configs(run: Mapping[str, Any] | RunnerConfig, trust_remote_code: bool) -> RunnerConfigs:
     """The configs of a run; SAELens's own objects are copied, since training sets fields of them."""
     if isinstance(run, Mapping):
         return build_runner_configs(run, trust_remote_code)
@@ -157,6 +175,7 @@ def _train_on_language_model(
     force: bool,
     other: str | None,
     checkpointing: CheckpointOptions,
+    cache: ActivationCache | None,
 ) -> list[SavedSAE]:
     """Train and save; ``other`` says why what may be in the output is not what the run would write."""
     check_output(output, force, other)
@@ -170,7 +189,7 @@ def _train_on_language_model(
         start = load_starting_point(cfg.from_pretrained_path, cfg.sae)
     with staged_folder(output, force) as staging, checkpoint_folder(cfg):
         cfg.output_path = str(staging)
-        runner = language_model_runner(cfg, checkpointing, start)
+        runner = _runner(cfg, checkpointing, start, cache)
         try:
             runner.run()
         except SafetensorError as error:  # which is not an OSError
@@ -180,6 +199,18 @@ def _train_on_language_model(
             ) from error
         _record_output_path(staging, output)
         return runner.saved()
+
+
+def _runner(
+    cfg: LanguageModelRunConfig,
+    checkpointing: CheckpointOptions,
+    start: StartingPoint | None,
+    cache: ActivationCache | None,
+) -> LanguageModelRunner | MultiSAERunner:
+    """The runner of a run on a language model or on what is cached of one."""
+    if cache is None:
+        return language_model_runner(cfg, checkpointing, start)
+    return cached_runner(cfg, checkpointing, start, cache)
 
 
 def _output_path(output: str | Path | None) -> Path:

@@ -114,18 +114,28 @@ class CheckedActivationsStore(ActivationsStore):
 
     @override
     def get_filtered_llm_batch(self, raise_on_epoch_end: bool = False) -> Tensor:
-        return self._watched(super().get_filtered_llm_batch, raise_on_epoch_end)
+        return self.watched(super().get_filtered_llm_batch, raise_on_epoch_end)
 
     @override
     def _get_filtered_multi_hook_llm_batch(self, raise_on_epoch_end: bool = False) -> dict[str, Tensor]:
-        return self._watched(super()._get_filtered_multi_hook_llm_batch, raise_on_epoch_end)
+        return self.watched(super()._get_filtered_multi_hook_llm_batch, raise_on_epoch_end)
 
-    def _watched(self, get_batch: Callable[[bool], Activations], raise_on_epoch_end: bool) -> Activations:
+    def watched(self, get_batch: Callable[[bool], Activations], raise_on_epoch_end: bool) -> Activations:
+        """A batch of activations, of which some are kept at least now and then.
+
+        Args:
+            get_batch: Gives the batch, or raises StopIteration at the end of the data set.
+            raise_on_epoch_end: Whether the end is for the caller to deal with.
+
+        Raises:
+            UserError: If nothing comes of the data set.
+            StopIteration: At its end.
+        """
         try:
             batch = get_batch(raise_on_epoch_end)
         except StopIteration:
             if not raise_on_epoch_end:  # a pass has just begun, and is over
-                raise UserError(self._why_no_sequence()) from None
+                raise UserError(self.why_no_sequence()) from None
             self._n_ends_without_activation += 1
             if self._n_ends_without_activation > 1:
                 raise UserError(self._why_no_activation()) from None
@@ -146,7 +156,8 @@ class CheckedActivationsStore(ActivationsStore):
             f"{self._n_tokens_without_activation:,} tokens read{sliced}, so there is nothing to train on; exclude fewer"
         )
 
-    def _why_no_sequence(self) -> str:
+    def why_no_sequence(self) -> str:
+        """Why a pass over the data set has given no sequence."""
         if self._n_row_tokens == 0:
             return f"None of the {self._n_rows:,} rows of the data set holds any token, so there is nothing to train on"
         if self.disable_concat_sequences:

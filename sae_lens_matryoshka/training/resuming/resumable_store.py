@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from sae_lens import ActivationsStore, LanguageModelSAETrainingRunner, MultiSAETrainingRunner
 from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
 from sae_lens.pretokenize_runner import get_special_token_from_cfg
@@ -197,13 +197,29 @@ class ResumableActivationsStore(CheckedActivationsStore):
 
     def _finite(self, activations: Iterator[Tensor]) -> Iterator[Tensor]:
         for batch in activations:
-            if not batch.isfinite().all():
-                where = "the cached activations" if self.dataset is None else f"row {self._position.n_rows_read}"
-                raise UserError(
-                    f"The model's activations hold {int((~batch.isfinite()).sum())} values that are not finite, of "
-                    f"{batch.numel()}, around {where} of the data set; try a wider dtype or autocast_lm=false"
-                )
+            self.check_finite(batch)
             yield batch
+
+    def check_finite(self, activations: Tensor) -> None:
+        """Refuse activations that are not finite.
+
+        Raises:
+            UserError: If some are not.
+        """
+        if not activations.isfinite().all():
+            where = "the cached activations" if self.dataset is None else f"row {self._position.n_rows_read}"
+            raise UserError(
+                f"The model's activations hold {int((~activations.isfinite()).sum())} values that are not finite, of "
+                f"{activations.numel()}, around {where} of the data set; try a wider dtype or autocast_lm=false"
+            )
+
+    def activations_of_hooks(
+        self, tokens: Int[Tensor, "sequences context_size"]
+    ) -> dict[str, Float[Tensor, "sequences positions d_in"]]:
+        """What the model makes of sequences at each hook, at the positions that ``seqpos_slice`` leaves."""
+        if self._hook_names is None:
+            return {self.hook_name: self.get_activations(tokens)}
+        return self.get_multi_hook_activations(tokens)
 
     # checkpoints
 
