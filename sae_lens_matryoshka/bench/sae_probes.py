@@ -6,7 +6,7 @@ SAEs and levels, alone and without padding.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 from sae_lens_matryoshka.bench.activation_source import ActivationSource, check_finite_activations
 from sae_lens_matryoshka.bench.beyond_saebench import Beyond
 from sae_lens_matryoshka.bench.cache import Entry
-from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook
+from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView
 from sae_lens_matryoshka.bench.evaluation import Evaluation
 from sae_lens_matryoshka.bench.progress import progress_bar
 from sae_lens_matryoshka.bench.standard_errors import of_mean, of_mean_of_independent
@@ -26,10 +26,6 @@ from sae_lens_matryoshka.bench.texts_alone import activations_alone, text_tokens
 from sae_lens_matryoshka.bench.upstream_sae_probes import (
     DATASETS,
     METHODS,
-    SaeProbesLlmMetrics,
-    SaeProbesMetricCategories,
-    SaeProbesResultDetail,
-    SaeProbesSaeMetrics,
     SparseProbingSaeProbesEvalConfig,
     SparseProbingSaeProbesEvalOutput,
     find_best_reg,
@@ -62,6 +58,7 @@ class SaeProbes(Evaluation[SparseProbingSaeProbesEvalConfig]):
 
     name = "sparse_probing_sae_probes"
     output_type = SparseProbingSaeProbesEvalOutput
+    takes_baselines = True
 
     def __init__(self, config: SparseProbingSaeProbesEvalConfig | None = None, limit_texts: int | None = None) -> None:
         config = config or SparseProbingSaeProbesEvalConfig()
@@ -105,7 +102,7 @@ class SaeProbes(Evaluation[SparseProbingSaeProbesEvalConfig]):
                         "sae", _encoded(view.encode, train, source), _encoded(view.encode, test, source), draw
                     )
                     bar.update()
-            yield sae, self._output(self.common_fields(sae, view), by_data_set)
+            yield sae, self._output(sae, view, by_data_set)
 
     def _draw(self, name: str) -> "_Draw":
         """Which texts of a data set, by sae_probes' own function."""
@@ -179,42 +176,32 @@ class SaeProbes(Evaluation[SparseProbingSaeProbesEvalConfig]):
         return scores
 
     def _output(
-        self, common: dict[str, Any], by_data_set: Mapping[str, Mapping[str, Scores]]
+        self, sae: EvaluatedSAE, view: SAEView, by_data_set: Mapping[str, Mapping[str, Scores]]
     ) -> SparseProbingSaeProbesEvalOutput:
-        per_data_set = {
-            name: {f"{kind}_{metric}": value for kind, scores in kinds.items() for metric, value in scores.items()}
-            for name, kinds in by_data_set.items()
-        }
-        metrics = list(next(iter(per_data_set.values())))
-        values = {metric: [of_data_set[metric] for of_data_set in per_data_set.values()] for metric in metrics}
+        per_data_set = [
+            {f"{kind}_{metric}": value for kind, scores in kinds.items() for metric, value in scores.items()}
+            for kinds in by_data_set.values()
+        ]
+        values = {metric: [of_data_set[metric] for of_data_set in per_data_set] for metric in per_data_set[0]}
         errors = {
-            metric.removesuffix("_error"): of_mean_of_independent(values[metric])
-            for metric in metrics
+            metric.removesuffix("_error"): of_mean_of_independent(of_metric)
+            for metric, of_metric in values.items()
             if metric.endswith("_error")
         }
-        mean = {
+        metrics = {
             metric: sum(of_metric) / len(of_metric)
             for metric, of_metric in values.items()
             if not metric.endswith("_error")
         }
-        further = {metric: value for metric, value in mean.items() if metric.startswith("llm_top_")}
-        return SparseProbingSaeProbesEvalOutput(
-            **common,
-            eval_result_metrics=SaeProbesMetricCategories(
-                llm=SaeProbesLlmMetrics(**_known(mean, SaeProbesLlmMetrics)),  # type: ignore[arg-type]
-                sae=SaeProbesSaeMetrics(**_known(mean, SaeProbesSaeMetrics)),  # type: ignore[arg-type]
-            ),
-            sae_metrics_by_k=self._by_k(mean),
-            eval_result_details=[
-                SaeProbesResultDetail(
-                    dataset_name=name,
-                    sae_metrics_by_k=self._by_k(of_data_set),
-                    **_known(of_data_set, SaeProbesResultDetail),
-                )
-                for name, of_data_set in per_data_set.items()
-            ],
-            eval_result_unstructured=Beyond(further, errors, {"limit_texts": self.limit_texts}).added_to(),
-        )
+        channels = {metric: value for metric, value in metrics.items() if metric.startswith("llm_top_")}
+        details = [
+            {"dataset_name": name, "sae_metrics_by_k": self._by_k(of_data_set), **of_data_set}
+            for name, of_data_set in zip(by_data_set, per_data_set, strict=True)
+        ]
+        beyond = Beyond(channels, errors, {"limit_texts": self.limit_texts})
+        # SAEBench's classes take their own metrics of all
+        eval_output = self.output(sae, view, {"llm": metrics, "sae": metrics}, details, beyond=beyond)
+        return replace(eval_output, sae_metrics_by_k=self._by_k(metrics))
 
     def _by_k(self, metrics: Mapping[str, float]) -> dict[int, dict[str, float]]:
         return {k: {name: metrics[f"sae_top_{k}_{name}"] for name in _METRICS.values()} for k in self.config.ks}
@@ -259,9 +246,3 @@ def _errors(classifier: Any, inputs: Any, labels: Int[Tensor, " texts"]) -> dict
     below = 1 - (ranks[len(positive) :] - rankdata(negative)) / len(positive)
     auc = float(np.hypot(of_mean(above.tolist()), of_mean(below.tolist())))
     return {"test_accuracy_error": of_mean(right.tolist()), "test_auc_error": auc}
-
-
-def _known(metrics: Mapping[str, float], schema: Any) -> dict[str, float]:
-    """What SAEBench's schema has a field for."""
-    names = {field.name for field in fields(schema)}
-    return {metric: value for metric, value in metrics.items() if metric in names}

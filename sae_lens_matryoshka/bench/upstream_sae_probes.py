@@ -3,36 +3,18 @@
 That takes some ten seconds, so import this only where the evaluation runs.
 """
 
+# ruff: noqa: F401 -- what is imported here is for the other modules
 import contextlib
 import io
 
-from sae_lens_matryoshka.bench import upstream  # noqa: F401 - says what to install where SAEBench is missing
+from sae_lens_matryoshka.bench import upstream  # says what to install where SAEBench is missing
 
 with contextlib.redirect_stdout(io.StringIO()):
     from sae_bench.evals.sparse_probing_sae_probes.eval_config import SparseProbingSaeProbesEvalConfig
     from sae_bench.evals.sparse_probing_sae_probes.eval_output import (
-        SaeProbesLlmMetrics,
-        SaeProbesMetricCategories,
-        SaeProbesResultDetail,
-        SaeProbesSaeMetrics,
         SparseProbingSaeProbesEvalOutput,
     )
     from sae_probes import DATASETS, utils_data
     from sae_probes.run_baselines import METHODS
     from sae_probes.run_sae_evals import get_sorted_indices, mean_act_normalization
     from sae_probes.utils_training import find_best_reg
-
-__all__ = [
-    "DATASETS",
-    "METHODS",
-    "SaeProbesLlmMetrics",
-    "SaeProbesMetricCategories",
-    "SaeProbesResultDetail",
-    "SaeProbesSaeMetrics",
-    "SparseProbingSaeProbesEvalConfig",
-    "SparseProbingSaeProbesEvalOutput",
-    "find_best_reg",
-    "get_sorted_indices",
-    "mean_act_normalization",
-    "utils_data",
-]
