@@ -109,7 +109,9 @@ def calibration_activations(hook: Hook, source: ActivationSource) -> Float[Tenso
         tokens = text_tokens(source.model, _calibration_texts(), TOKENS_A_TEXT)
         rows = [
             activations[~is_special(source.model, tokens[index])]
-            for index, activations in activations_alone(source.model, tokens, hook, BATCH_SIZE)
+            for index, activations in activations_alone(
+                source.model, tokens, hook, BATCH_SIZE, "reading texts for baselines"
+            )
         ]
         return Entry({"activations": torch.cat(rows)})
 

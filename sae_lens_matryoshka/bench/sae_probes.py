@@ -125,7 +125,7 @@ class SaeProbes(Evaluation[SparseProbingSaeProbesEvalConfig]):
             most = min(MOST_TOKENS, source.model.cfg.n_ctx)
             tokens = [_last_tokens(of_text, most) for of_text in text_tokens(source.model, texts)]
             last: list[Tensor] = [torch.empty(0)] * len(tokens)
-            for index, activations in activations_alone(source.model, tokens, hook, LLM_BATCH_SIZE):
+            for index, activations in activations_alone(source.model, tokens, hook, LLM_BATCH_SIZE, f"reading {name}"):
                 check_finite_activations(activations, hook, source)
                 last[index] = activations[-1].cpu()
             return Entry({"last": torch.stack(last)})

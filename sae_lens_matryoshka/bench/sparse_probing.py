@@ -44,6 +44,8 @@ class SparseProbing(Evaluation[SparseProbingEvalConfig]):
     def __init__(self, config: SparseProbingEvalConfig | None = None, data: Sequence[LabelledText] = ()) -> None:
         of_user: dict[str, Any] = {"dataset_names": [text.name for text in data]} if data else {}
         super().__init__(config or SparseProbingEvalConfig(**of_user), data)
+        for text in data:
+            text.check_enough()
 
     def evaluate(
         self, group: Sequence[EvaluatedSAE], hook: Hook, source: ActivationSource

@@ -62,7 +62,9 @@ def test_every_level_equals_saebench_own_run(
         assert set(beyond.metrics) == {
             f"{kind}_top_{k}_standardized_test_accuracy" for kind in ("llm", "sae") for k in (1, 2, 5)
         }
-        saebench = {f"{kind}{top}_test_accuracy" for kind in ("llm", "sae") for top in ("", "_top_1", "_top_2", "_top_5")}
+        saebench = {
+            f"{kind}{top}_test_accuracy" for kind in ("llm", "sae") for top in ("", "_top_1", "_top_2", "_top_5")
+        }
         assert set(beyond.standard_errors) == saebench | set(beyond.metrics)
         assert all(0.01 < error < 0.05 for error in beyond.standard_errors.values())  # of 240 answers on 120 texts
         del unstructured[BEYOND]
