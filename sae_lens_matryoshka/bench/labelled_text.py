@@ -44,7 +44,7 @@ class LabelledText:
         if len(self.train) < 2 or set(self.train) != set(self.test):
             raise UserError(
                 f"Data set {self.name!r} needs the same two or more classes in train and test, but has "
-                f"{sorted(self.train)} and {sorted(self.test)}."
+                f"{sorted(self.train)} and {sorted(self.test)}; give more texts of those that are missing."
             )
         for split in (self.train, self.test):
             for label, texts in split.items():

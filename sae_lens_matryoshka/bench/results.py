@@ -131,21 +131,20 @@ def headline_table(results: pd.DataFrame, column: str = "value") -> pd.DataFrame
 def _of_channels(results: Sequence[Result]) -> list[dict[str, Any]]:
     """What evaluations found in passing with the model's channels in place of latents, once for each hook."""
     rows: dict[tuple[str, Any], list[dict[str, Any]]] = {}
-    hooks = {result.made_from.get("hook") for result in results}
-    for result in results:
+    probed = [result for result in results if result.evaluation in ("sparse_probing", "sparse_probing_sae_probes")]
+    hooks = {result.made_from.get("hook") for result in probed}
+    for result in probed:
         hook = result.made_from.get("hook")
-        name = CHANNELS if len(hooks) == 1 else f"{CHANNELS} of {hook}"
-        if result.evaluation in ("sparse_probing", "sparse_probing_sae_probes") and result.d_in is not None:
-            rows[result.evaluation, hook] = [
-                {
-                    "sae": name,
-                    "width": result.d_in,
-                    "evaluation": result.evaluation,
-                    "metric": metric.replace("llm_", "sae_", 1),
-                    "value": value,
-                    "standard_error": result.standard_errors.get(metric),
-                }
-                for metric, value in result.metrics.items()
-                if metric.startswith("llm_")
-            ]
+        rows[result.evaluation, hook] = [
+            {
+                "sae": CHANNELS if len(hooks) == 1 else f"{CHANNELS} of {hook}",
+                "width": result.d_in,
+                "evaluation": result.evaluation,
+                "metric": metric.replace("llm_", "sae_", 1),
+                "value": value,
+                "standard_error": result.standard_errors.get(metric),
+            }
+            for metric, value in result.metrics.items()
+            if metric.startswith("llm_") and result.d_in is not None
+        ]
     return [row for of_hook in rows.values() for row in of_hook]

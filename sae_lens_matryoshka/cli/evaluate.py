@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
+from rich.measure import Measurement
 from rich.table import Column, Table
 
 from sae_lens_matryoshka.cli.arguments import finite_number, parse_widths, positive_count
@@ -163,7 +164,9 @@ def run(options: argparse.Namespace) -> None:
 
     console = PlainConsole()
     if not report.results.empty:
-        console.print(_table(headline_table(report.results), headline_table(report.results, "standard_error")))
+        table = _table(headline_table(report.results), headline_table(report.results, "standard_error"))
+        needed = Measurement.get(console, console.options, table).minimum
+        console.print(table, width=max(console.width, needed), crop=False)
         console.print("After ±: the standard error over test texts, sequences or letters.", soft_wrap=True)
         if {"tpp", "scr"} & set(report.results["evaluation"]):
             console.print(ON_ERASURE, soft_wrap=True)
@@ -299,11 +302,12 @@ def _table(headlines: "pd.DataFrame", errors: "pd.DataFrame") -> Table:
         return "" if pd.isna(value) else before + format(value, form)
 
     name = Column("SAE", no_wrap=True, min_width=max(map(len, headlines["sae"])))
-    table = Table(name, "level", "width", "L0", *headlines.columns[4:])
+    numbers = (Column(label, no_wrap=True) for label in ("level", "width", "L0"))
+    table = Table(name, *numbers, *(Column(label, min_width=6) for label in headlines.columns[4:]))
     for row, of_row in zip(headlines.itertuples(index=False), errors.itertuples(index=False), strict=True):
         sae, level, width, l0, *scores = row
         cells = (
-            f"{cell(score, '.3f')} {cell(error, '.3f', '±')}" for score, error in zip(scores, of_row[4:], strict=True)
+            f"{cell(score, '.3f')}\n{cell(error, '.3f', '±')}" for score, error in zip(scores, of_row[4:], strict=True)
         )
         table.add_row(sae, cell(level, ""), str(width), cell(l0, ".1f"), *cells)
     return table
