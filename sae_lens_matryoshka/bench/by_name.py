@@ -42,11 +42,11 @@ CONFIGS: dict[str, type[BaseEvalConfig]] = {
 }
 """SAEBench's config, by the name of an evaluation; that of sae_probes takes ten seconds to import."""
 
-TEXT_COUNTS = {
-    "sparse_probing": ("probe_train_set_size", "probe_test_set_size"),
-    "tpp": ("train_set_size", "test_set_size"),
-    "scr": ("train_set_size", "test_set_size"),
-}
+TEXT_COUNTS = (
+    ("sparse_probing", "probe_train_set_size"),
+    ("sparse_probing", "probe_test_set_size"),
+    *((name, field) for name in ("tpp", "scr") for field in ("train_set_size", "test_set_size")),
+)
 """Where configs say how many texts a probe has."""
 
 
@@ -109,8 +109,8 @@ def build_evaluations(
             open_text_file(text)  # raises where it cannot be used
     for name, field, value in settings:
         changes[name][field] = value
-    for name in TEXT_COUNTS.keys() & changes.keys() if limit_texts is not None else ():
-        for field in TEXT_COUNTS[name]:  # half of a probe's texts are of its class
+    for name, field in TEXT_COUNTS:
+        if limit_texts is not None and name in changes:  # half of a probe's texts are of its class
             of_config = changes[name].get(field, getattr(CONFIGS[name](), field))
             changes[name][field] = min(of_config, 2 * limit_texts)
     build: dict[str, Callable[[Any], Evaluation[Any]]] = {

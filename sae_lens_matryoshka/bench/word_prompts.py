@@ -79,10 +79,11 @@ class WordPrompts:
             names_filter: The hook that SAEBench builds from the layer, ``blocks.<layer>.hook_resid_post``.
         """
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._activations]
-        tokens = text_tokens(self.model, new)
+        # what comes after the word changes nothing of it
+        tokens = [of_prompt[: len(of_prompt) + 1 + self.position] for of_prompt in text_tokens(self.model, new)]
         for index, activations in activations_alone(self.model, tokens, self.hook, len(prompts)):
             # a copy, since a slice would keep the whole batch
-            self._activations[new[index]] = activations[self.position].clone()
+            self._activations[new[index]] = activations[-1].clone()
         activations = torch.stack([self._activations[prompt] for prompt in prompts])
         if self._bar is not None:
             self._bar.update(len(prompts))

@@ -73,7 +73,7 @@ def test_every_level_equals_saebench_own_run(
     def activations_at(dataset_path: Path, hook_names: list[str], model_cache_path: Path, **_: Any) -> None:
         name = Path(dataset_path).name.removesuffix(".csv.zst")
         found = generate_model_activations._process_activations(
-            source.model,
+            source.model,  # type: ignore[arg-type]
             utils_data.read_numbered_dataset_df(name)["prompt"].tolist(),
             32,
             1024,
