@@ -215,8 +215,8 @@ def _losses_by_sequence(special: set[int]) -> Iterator[dict[str, list[Tensor]]]:
         counts = ~torch.isin(batch_tokens, torch.tensor(list(special), device=batch_tokens.device))
         for metric, values in losses.items():
             of_metric = counts[:, : values.shape[1]]  # the last token predicts nothing
-            recorded.setdefault(metric, []).append((values * of_metric).sum(dim=1).double().cpu())
-            recorded.setdefault(f"{metric} tokens", []).append(of_metric.sum(dim=1).double().cpu())
+            recorded.setdefault(metric, []).append((values.cpu().double() * of_metric.cpu()).sum(dim=1))
+            recorded.setdefault(f"{metric} tokens", []).append(of_metric.cpu().sum(dim=1).double())
         return losses
 
     core_main.get_recons_loss = recording
@@ -256,14 +256,15 @@ def _explained_variance(
         calculator.add_batch(reconstruction, activations)
         lengths = is_text.sum(dim=1).tolist()
         counts += lengths
+        x = activations.cpu().double()
         for parts, values in (
-            (active, (feature_acts != 0).sum(dim=-1)),
-            (sums, activations),
-            (squares, activations.double().square().sum(dim=-1)),
-            (residuals, (activations.double() - reconstruction).square().sum(dim=-1)),
+            (active, (feature_acts != 0).sum(dim=-1).cpu()),
+            (sums, x),
+            (squares, x.square().sum(dim=-1)),
+            (residuals, (x - reconstruction.cpu()).square().sum(dim=-1)),
         ):
             parts += [of_sequence.double().sum(dim=0) for of_sequence in values.split(lengths)]
-    n, total = torch.tensor(counts, dtype=torch.float64, device=sums[0].device), torch.stack(sums)
+    n, total = torch.tensor(counts, dtype=torch.float64), torch.stack(sums)
     mean = total.sum(dim=0) / n.sum()
     variances = torch.stack(squares) - 2 * total @ mean + n * mean.square().sum()
     errors = {

@@ -21,7 +21,7 @@ DENSE_PROBE: dict[str, Any] = {"batch_size": 250, "epochs": 100, "lr": 1e-2}
 """How SAEBench trains the probe on all channels or latents (``sparse_probing.main.run_eval_single_dataset``)."""
 
 COLUMNS_A_BLOCK = 4096
-"""How many latents are standardized at a time, in float64."""
+"""How many latents are standardized at a time."""
 
 ByClass = Mapping[str, Float[Tensor, "texts width"]]
 """Mean activations of the texts of each class."""
@@ -92,8 +92,9 @@ def top_k_standardized(
         k: How many.
     """
     differences: list[Tensor] = []
+    precise = torch.float32 if acts.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
     for block in acts.split(COLUMNS_A_BLOCK, dim=1):
-        positive, negative = block[labels == 1].double(), block[labels == 0].double()
+        positive, negative = block[labels == 1].to(precise), block[labels == 0].to(precise)
         squares = sum((part - part.mean(dim=0)).square().sum(dim=0) for part in (positive, negative))
         deviation = (squares / (len(block) - 2)).sqrt()  # type: ignore[operator]
         differences.append((positive.mean(dim=0) - negative.mean(dim=0)).abs() / deviation)

@@ -303,7 +303,9 @@ def _table(headlines: "pd.DataFrame", errors: "pd.DataFrame") -> Table:
 
     name = Column("SAE", no_wrap=True, min_width=max(map(len, headlines["sae"])))
     numbers = (Column(label, no_wrap=True) for label in ("level", "width", "L0"))
-    table = Table(name, *numbers, *(Column(label, min_width=6) for label in headlines.columns[4:]))
+    table = Table(
+        name, *numbers, *(Column(label, min_width=max(map(len, label.split()))) for label in headlines.columns[4:])
+    )
     for row, of_row in zip(headlines.itertuples(index=False), errors.itertuples(index=False), strict=True):
         sae, level, width, l0, *scores = row
         cells = (
