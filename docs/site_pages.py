@@ -19,6 +19,7 @@ PAGES = {
     "Guide": "README.md",
     "Variants": "docs/variants.md",
     "Activations of real models": "docs/activations.md",
+    "Evaluating": "docs/evaluating.md",
     "Results on TinyStories": "docs/saebench_tinystories.md",
     "Activation caches": "docs/activation-cache.md",
     "Benchmarks": "benchmarks/README.md",

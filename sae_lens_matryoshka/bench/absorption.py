@@ -3,25 +3,33 @@
 The model's part, prompts and probes, is done once. SAEBench then encodes all training words once for each of 50 epochs
 and each of 260 small probes; here they are encoded once for all levels. It also fits and scores probes on up to ten
 latents a letter, of which it uses those up to where F1 stops rising: here as many are fitted as that takes.
+
+Most of the time goes into the model's part: each word of the vocabulary, 100,000 and more with Gemma's, is read twice,
+at the end of a prompt of some 70 tokens. ``max_words`` takes a sample of them.
 """
 
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from sklearn.metrics import f1_score
 from torch import Tensor
 
 from sae_lens_matryoshka.bench.activation_source import ActivationSource
+from sae_lens_matryoshka.bench.beyond_saebench import Beyond
 from sae_lens_matryoshka.bench.cache import Entry
 from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView, SharedEncoder
 from sae_lens_matryoshka.bench.evaluation import Evaluation
+from sae_lens_matryoshka.bench.standard_errors import of_mean
 from sae_lens_matryoshka.bench.upstream import (
     AbsorptionEvalConfig,
     AbsorptionEvalOutput,
@@ -36,7 +44,7 @@ from sae_lens_matryoshka.bench.upstream import (
     seed_everything,
     vocab,
 )
-from sae_lens_matryoshka.bench.word_prompts import WordPrompts
+from sae_lens_matryoshka.bench.word_prompts import FEWEST_OF_A_LETTER, WordPrompts
 from sae_lens_matryoshka.errors import UserError
 
 SHARED_LATENTS_BYTES = 4 * 10**9
@@ -44,6 +52,9 @@ SHARED_LATENTS_BYTES = 4 * 10**9
 
 FEWEST_LATENTS = FeatureAbsorptionCalculator.topk_feats
 """How many latents SAEBench compares for each word."""
+
+FEWEST_WORDS = 26 * FEWEST_OF_A_LETTER
+"""How many words a sample has at least."""
 
 N_ICL_EXAMPLES = 10
 """Words spelled out before the one asked for (``feature_absorption.run_feature_absortion_experiment``)."""
@@ -56,13 +67,20 @@ class Absorption(Evaluation[AbsorptionEvalConfig]):
         config: SAEBench's config; None takes its defaults. Its ``prompt_token_pos`` counts from the end of the prompt
             and must be where the word's token is: -6 in SAEBench's own template with Gemma's tokenizer; -1 in
             ``"{word}"``.
+        max_words: How many words of the vocabulary to draw by the config's ``random_seed``; None takes all of them.
     """
 
     name = "absorption"
     output_type = AbsorptionEvalOutput
 
-    def __init__(self, config: AbsorptionEvalConfig | None = None) -> None:
+    def __init__(self, config: AbsorptionEvalConfig | None = None, max_words: int | None = None) -> None:
         super().__init__(config or AbsorptionEvalConfig())
+        self.max_words = max_words
+        if max_words is not None and max_words < FEWEST_WORDS:
+            raise UserError(
+                f"max_words={max_words} must be {FEWEST_WORDS} or more, {FEWEST_OF_A_LETTER} a letter, since each "
+                "letter has a probe; leave it out for all words."
+            )
         if self.config.prompt_token_pos >= 0:
             raise UserError(
                 f"prompt_token_pos={self.config.prompt_token_pos} must count from the end, since examples come first: "
@@ -74,11 +92,20 @@ class Absorption(Evaluation[AbsorptionEvalConfig]):
         super().begin(source)
         self._prompts = {}  # of another model, or of this one before it was changed
 
+    def inputs(self, source: ActivationSource) -> dict[str, Any]:
+        return {**super().inputs(source), "max_words": self.max_words}
+
     def evaluate(
         self, group: Sequence[EvaluatedSAE], hook: Hook, source: ActivationSource
     ) -> Iterator[tuple[EvaluatedSAE, AbsorptionEvalOutput]]:
-        prompts = self._prompts.setdefault(hook, WordPrompts(source.model, hook, self.config.prompt_token_pos))
+        if hook not in self._prompts:
+            config = self.config
+            self._prompts[hook] = WordPrompts(
+                source.model, hook, config.prompt_token_pos, self.max_words, config.random_seed
+            )
+        prompts = self._prompts[hook]
         letters = self._first_letters(prompts, source)
+        self._check(letters)
         whole = SAEView(group[0].sae, hook, source.name)
         encoder = SharedEncoder(whole)
         n_bytes = len(letters.train_labels) * sum(sae.width for sae in group) * 4
@@ -107,7 +134,7 @@ class Absorption(Evaluation[AbsorptionEvalConfig]):
             stats = feature_absorption.get_stats_and_likely_false_negative_tokens(metrics, "sae", layer, Path(folder))
         calculator = FeatureAbsorptionCalculator(
             model=prompts,  # type: ignore[arg-type]
-            icl_word_list=vocab.get_alpha_tokens(prompts.tokenizer),  # type: ignore[arg-type]
+            icl_word_list=prompts.words,
             max_icl_examples=N_ICL_EXAMPLES,
             base_template=self.config.prompt_template,
             answer_formatter=absorption_prompting.first_letter_formatter(),
@@ -118,8 +145,10 @@ class Absorption(Evaluation[AbsorptionEvalConfig]):
             absorption_fraction_max_absorbing_latents=feature_absorption.ABSORPTION_FRACTION_MAX_ABSORBING_LATENTS,
             batch_size=self.config.llm_batch_size,
         )
-        words = feature_absorption.calculate_projection_and_cos_sims(calculator, view, letters.probe, layer, stats)  # type: ignore[arg-type]
-        return self._output(sae, view, metrics, words)
+        n_words = sum(len(of_letter.potential_false_negatives) for of_letter in stats.values())
+        with prompts.shown(n_words, f"absorption of {sae}"):
+            words = feature_absorption.calculate_projection_and_cos_sims(calculator, view, letters.probe, layer, stats)  # type: ignore[arg-type]
+        return self._output(sae, view, letters, words)
 
     def _first_letters(self, prompts: WordPrompts, source: ActivationSource) -> "_FirstLetters":
         """Words, activations and probes, which depend on the model alone; see :class:`_FirstLetters`."""
@@ -127,7 +156,8 @@ class Absorption(Evaluation[AbsorptionEvalConfig]):
 
         def compute() -> Entry:
             seed_everything(config.random_seed)
-            with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
+            showing = prompts.shown(len(prompts.words), "absorption: reading words")
+            with tempfile.TemporaryDirectory() as folder, torch.enable_grad(), showing:
                 where = {
                     "model": prompts,
                     "layer": layer,
@@ -151,6 +181,7 @@ class Absorption(Evaluation[AbsorptionEvalConfig]):
             prompt_template=config.prompt_template,
             prompt_token_pos=config.prompt_token_pos,
             seed=config.random_seed,
+            max_words=self.max_words,
         )
         return _FirstLetters.from_entry(source.cache.get_or_compute(key, compute))
 
@@ -192,21 +223,29 @@ class Absorption(Evaluation[AbsorptionEvalConfig]):
                 return raw, metrics
             fitted = min(2 * fitted, most)
 
-    def _output(
-        self, sae: EvaluatedSAE, view: SAEView, metrics: pd.DataFrame, words: pd.DataFrame
-    ) -> AbsorptionEvalOutput:
-        letters: Any = absorption_main._aggregate_results_df(words)
-        f1 = dict(zip(metrics["letter"], metrics["f1_probe"], strict=True))
-        found = [letter for letter, value in f1.items() if value > self.config.min_GT_probe_f1]
-        if len(found) < self.config.min_feats_for_eval:
+    def _check(self, letters: "_FirstLetters") -> None:
+        """Before an SAE is looked at: whether there are enough letters to speak of."""
+        config, found = self.config, self._told(letters)
+        if len(found) < config.min_feats_for_eval:
             raise UserError(
                 f"Only {len(found)} first letters can be told from the model's activations with F1 above "
-                f"min_GT_probe_f1={self.config.min_GT_probe_f1}, fewer than min_feats_for_eval="
-                f"{self.config.min_feats_for_eval}; use a larger model or lower them in the config."
+                f"min_GT_probe_f1={config.min_GT_probe_f1}, fewer than min_feats_for_eval={config.min_feats_for_eval} "
+                f"({len(letters.train_labels)} words to train on, mean F1 {statistics.mean(letters.f1.values()):.2f}); "
+                "use more words, a larger model, or lower them in the config."
             )
-        letters = letters.rename(columns={"letter": "first_letter", "num_split_feats": "num_split_features"})
-        details = letters[letters["first_letter"].isin(found)].to_dict(orient="records")
+
+    def _told(self, letters: "_FirstLetters") -> list[str]:
+        return [letter for letter, f1 in letters.f1.items() if f1 > self.config.min_GT_probe_f1]
+
+    def _output(
+        self, sae: EvaluatedSAE, view: SAEView, letters: "_FirstLetters", words: pd.DataFrame
+    ) -> AbsorptionEvalOutput:
+        found = self._told(letters)
+        of_letters: Any = absorption_main._aggregate_results_df(words)
+        of_letters = of_letters.rename(columns={"letter": "first_letter", "num_split_feats": "num_split_features"})
+        details = of_letters[of_letters["first_letter"].isin(found)].to_dict(orient="records")
         mean: dict[str, float] = {}
+        errors: dict[str, float] = {}
         for field, metric in (
             ("mean_absorption_fraction", "absorption_fraction_score"),
             ("full_absorption_rate", "full_absorption_score"),
@@ -214,7 +253,17 @@ class Absorption(Evaluation[AbsorptionEvalConfig]):
         ):
             values = [float(detail[field]) for detail in details]
             mean |= {f"mean_{metric}": statistics.mean(values), f"std_dev_{metric}": _deviation(values)}
-        return self.output(sae, view, {"mean": mean}, details)
+            errors[f"mean_{metric}"] = of_mean(values)
+        beyond = Beyond(
+            metrics={"n_letters_told": float(len(found)), "mean_letter_f1": statistics.mean(letters.f1.values())},
+            standard_errors=errors,
+            details={
+                "letter_f1": letters.f1,
+                "words": {"train": len(letters.train_labels), "test": len(letters.test_labels)},
+                "max_words": self.max_words,
+            },
+        )
+        return self.output(sae, view, {"mean": mean}, details, beyond=beyond)
 
 
 def _deviation(values: list[float]) -> float:
@@ -233,6 +282,16 @@ class _FirstLetters:
     test_labels: list[tuple[str, int]]
     random_state: RandomState
     """Where the generators stood when the probe was trained."""
+
+    @cached_property
+    def f1(self) -> dict[str, float]:
+        """Letter -> how well the probe tells it on the test words, as ``k_sparse_probing.build_metrics_df`` has it."""
+        with torch.no_grad():
+            told = (self.probe(self.test_activations.to(self.probe.weights.device)) > 0).cpu().numpy()
+        truth = np.array([label for _, label in self.test_labels])
+        return {
+            letter: float(f1_score(truth == number, told[:, number])) for number, letter in enumerate(vocab.LETTERS)
+        }
 
     @classmethod
     def from_entry(cls, entry: Entry) -> "_FirstLetters":

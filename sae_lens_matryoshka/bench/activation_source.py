@@ -234,7 +234,7 @@ class ActivationSource:
                 )
         found: dict[tuple[str, int], Tensor] = {}
         texts = [tokens[name][index] for name, index in places]
-        for number, activations in activations_alone(self.model, texts, spec.hook, spec.batch_size):
+        for number, activations in activations_alone(self.model, texts, spec.hook, spec.batch_size, "reading texts"):
             check_finite_activations(activations, spec.hook, self)
             found[places[number]] = activations.masked_fill(special[places[number]][:, None], 0)
         return Entry(

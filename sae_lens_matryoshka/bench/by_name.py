@@ -40,7 +40,14 @@ CONFIGS: dict[str, type[BaseEvalConfig]] = {
     "core": CoreEvalConfig,
     "meta_structure": MetaStructureEvalConfig,
 }
-"""SAEBench's config, by the name of an evaluation."""
+"""SAEBench's config, by the name of an evaluation; that of sae_probes takes ten seconds to import."""
+
+TEXT_COUNTS = (
+    ("sparse_probing", "probe_train_set_size"),
+    ("sparse_probing", "probe_test_set_size"),
+    *((name, field) for name in ("tpp", "scr") for field in ("train_set_size", "test_set_size")),
+)
+"""Where configs say how many texts a probe has."""
 
 
 def load_saes(
@@ -71,7 +78,12 @@ def load_saes(
 
 
 def build_evaluations(
-    names: Sequence[str], settings: Iterable[tuple[str, str, Any]], data: Sequence[LabelledText], text: str | None
+    names: Sequence[str],
+    settings: Iterable[tuple[str, str, Any]],
+    data: Sequence[LabelledText],
+    text: str | None,
+    limit_texts: int | None = None,
+    max_words: int | None = None,
 ) -> list[Evaluation[Any]]:
     """The evaluations of these names with SAEBench's default configs, changed by the settings.
 
@@ -80,6 +92,9 @@ def build_evaluations(
         settings: Changes of their configs: name of the evaluation, field, value.
         data: The user's own labelled text, in place of SAEBench's data sets.
         text: The user's own text for the core evaluation.
+        limit_texts: How many texts of each class to train on at most, and how many to test on, of each data set; the
+            configs say so afterwards.
+        max_words: How many words of the vocabulary the absorption evaluation draws.
 
     Raises:
         UserError: If there is no such field, or SAEBench refuses a value.
@@ -94,11 +109,16 @@ def build_evaluations(
             open_text_file(text)  # raises where it cannot be used
     for name, field, value in settings:
         changes[name][field] = value
+    for name, field in TEXT_COUNTS:
+        if limit_texts is not None and name in changes:  # half of a probe's texts are of its class
+            of_config = changes[name].get(field, getattr(CONFIGS[name](), field))
+            changes[name][field] = min(of_config, 2 * limit_texts)
     build: dict[str, Callable[[Any], Evaluation[Any]]] = {
         "sparse_probing": lambda config: SparseProbing(config, data),
         "tpp": lambda config: ConceptErasure(config, data),
         "scr": lambda config: ConceptErasure(config, data),
-        "absorption": Absorption,
+        "sparse_probing_sae_probes": lambda config: _sae_probes().SaeProbes(config, limit_texts),
+        "absorption": lambda config: Absorption(config, max_words),
         "core": lambda config: Core(
             config, follow_training="exclude_special_tokens_from_reconstruction" not in changes["core"]
         ),
@@ -108,7 +128,7 @@ def build_evaluations(
 
 
 def _config(name: str, changes: dict[str, Any]) -> Any:
-    config_class = CONFIGS[name]
+    config_class = CONFIGS[name] if name in CONFIGS else _sae_probes().SparseProbingSaeProbesEvalConfig
     valid = [field.name for field in dataclasses.fields(config_class)]
     for field in changes:
         if field not in valid:
@@ -124,6 +144,12 @@ def _config(name: str, changes: dict[str, Any]) -> Any:
         raise UserError(
             f"{name}.{'.'.join(map(str, problem['loc']))}={problem['input']!r}: {problem['msg']}."
         ) from error
+
+
+def _sae_probes() -> Any:
+    from sae_lens_matryoshka.bench import sae_probes
+
+    return sae_probes
 
 
 def _load_sae(where: str, widths: Sequence[int] | None, device: str, dtype: str) -> SAE[Any]:

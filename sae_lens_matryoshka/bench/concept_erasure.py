@@ -15,11 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lens_matryoshka.bench.activation_source import ActivationSource, PooledLatents, TextActivations, TextSpec
+from sae_lens_matryoshka.bench.beyond_saebench import Beyond
 from sae_lens_matryoshka.bench.cache import Entry
 from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView
 from sae_lens_matryoshka.bench.evaluation import Evaluation
 from sae_lens_matryoshka.bench.labelled_text import LabelledText, Texts, named_text
 from sae_lens_matryoshka.bench.spurious_text import class_pairs, named_spurious_text, spurious_text
+from sae_lens_matryoshka.bench.standard_errors import of_mean, of_mean_of_independent
 from sae_lens_matryoshka.bench.upstream import (
     RandomState,
     ScrAndTppEvalConfig,
@@ -52,6 +54,8 @@ class ConceptErasure(Evaluation[ScrAndTppEvalConfig]):
             of_user: dict[str, Any] = {"dataset_names": [text.name for text in data]} if data else {}
             config = ScrAndTppEvalConfig(perform_scr=False, **of_user)
         super().__init__(config, data)
+        for text in () if config.perform_scr else data:  # SCR says itself what it lacks
+            text.check_enough()
         self.name = "scr" if config.perform_scr else "tpp"  # type: ignore[misc]
         self.output_type = ScrEvalOutput if config.perform_scr else TppEvalOutput
 
@@ -83,7 +87,9 @@ class ConceptErasure(Evaluation[ScrAndTppEvalConfig]):
             names = [name.removesuffix("_results") for name in results]
             mean = general_utils.average_results_dictionaries(results, names)
             details = [{"dataset_name": name, **result} for name, result in results.items()]
-            yield sae, self.output(sae, view, {f"{self.name}_metrics": mean}, details, None if self._scr else per_class)
+            beyond = Beyond(standard_errors=_errors(results, per_class))
+            more = None if self._scr else per_class
+            yield sae, self.output(sae, view, {f"{self.name}_metrics": mean}, details, more, beyond)
 
     @property
     def _scr(self) -> bool:
@@ -216,6 +222,24 @@ class ConceptErasure(Evaluation[ScrAndTppEvalConfig]):
                 }
                 for label in classes
             }
+
+
+def _errors(results: Mapping[str, Accuracies], per_class: Mapping[str, Mapping[str, Accuracies]]) -> dict[str, float]:
+    """Standard errors: of TPP over the classes of each data set, of SCR, which has one score a pair, over its pairs.
+
+    How scores move with the texts is not known, since SAEBench says of a probe only how often it was right.
+    """
+    if not per_class:
+        metrics = set[str].intersection(*map(set, results.values()))
+        return {metric: of_mean([of_pair[metric] for of_pair in results.values()]) for metric in metrics}
+    errors = [
+        {
+            metric: of_mean([of_class[metric] for of_class in classes.values()])
+            for metric in next(iter(classes.values()))
+        }
+        for classes in per_class.values()
+    ]
+    return {metric: of_mean_of_independent([of_set[metric] for of_set in errors]) for metric in errors[0]}
 
 
 class _LatentsAsActivations:

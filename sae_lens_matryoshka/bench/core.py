@@ -1,4 +1,7 @@
-"""SAEBench's core evaluation: L0, variance explained, loss recovered, densities; on the same tokens for every SAE."""
+"""SAEBench's core evaluation: L0, variance explained, loss recovered, densities; on the same tokens for every SAE.
+
+Beside SAEBench's means over all tokens, their standard errors over sequences, whose tokens belong together.
+"""
 
 import dataclasses
 import math
@@ -16,12 +19,14 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
 from sae_lens_matryoshka.bench.activation_source import ActivationSource, check_finite_activations
+from sae_lens_matryoshka.bench.beyond_saebench import Beyond
 from sae_lens_matryoshka.bench.cache import Entry
 from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView
 from sae_lens_matryoshka.bench.evaluation import Evaluation
 from sae_lens_matryoshka.bench.fingerprints import path_hash
 from sae_lens_matryoshka.bench.labelled_text import fetching
 from sae_lens_matryoshka.bench.models import Model
+from sae_lens_matryoshka.bench.standard_errors import of_ratio
 from sae_lens_matryoshka.bench.upstream import CoreEvalConfig, CoreEvalOutput, core_main
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.text.data_files import READERS
@@ -52,6 +57,7 @@ class Core(Evaluation[CoreEvalConfig]):
 
     name = "core"
     output_type = CoreEvalOutput
+    takes_baselines = True
 
     def __init__(self, config: CoreEvalConfig | None = None, follow_training: bool = True) -> None:
         config = config or CoreEvalConfig()
@@ -90,7 +96,7 @@ class Core(Evaluation[CoreEvalConfig]):
         for sae in group:
             view = self.view(sae, hook, source)
             reconstruction, variance = self._tokens(view, source)
-            with _nothing_is_padding(source.model):
+            with _nothing_is_padding(source.model), _losses_by_sequence(special) as losses:
                 scalar_metrics, feature_metrics = core_main.run_evals(
                     view,  # type: ignore[arg-type]
                     _RecordedTokens(reconstruction, variance),  # type: ignore[arg-type]
@@ -98,12 +104,13 @@ class Core(Evaluation[CoreEvalConfig]):
                     self.config_for(sae),
                     ignore_tokens=special,  # type: ignore[arg-type]
                 )
-                explained = _explained_variance(view, hook, source, variance, special)
+                explained, errors = _explained_variance(view, hook, source, variance, special)
             _check_finite_losses(scalar_metrics, sae)
             scalar_metrics["misc_metrics"] = core_main.calculate_misc_metrics(feature_metrics)
             metrics, of_latents = map(core_main.replace_nans_with_negative_one, (scalar_metrics, feature_metrics))
             details = core_main.convert_feature_metrics(of_latents)
-            yield sae, self.output(sae, view, metrics, details, {EXPLAINED_VARIANCE: explained})
+            beyond = Beyond(standard_errors=errors | _loss_errors(losses))
+            yield sae, self.output(sae, view, metrics, details, {EXPLAINED_VARIANCE: explained}, beyond)
 
     def _tokens(self, view: SAEView, source: ActivationSource) -> tuple[Tokens, Tokens]:
         """Batches for the metrics of reconstruction and those of variance and density, as SAEBench draws them."""
@@ -194,11 +201,49 @@ def _special_tokens(sae: SAE[Any], source: ActivationSource) -> set[int]:
     return {token for token in (*ids, *(excluded or ())) if token is not None}
 
 
+@contextmanager
+def _losses_by_sequence(special: set[int]) -> Iterator[dict[str, list[Tensor]]]:
+    """SAEBench's losses summed over the tokens of each sequence, and "tokens", how many there are; filled meanwhile.
+
+    SAEBench itself averages over the tokens of all sequences, in a function that asks another one for each batch.
+    """
+    recorded: dict[str, list[Tensor]] = {}
+    losses_of_batch = core_main.get_recons_loss
+
+    def recording(sae: Any, model: Any, batch_tokens: Int[Tensor, "prompts context"], *others: Any, **more: Any) -> Any:
+        losses = losses_of_batch(sae, model, batch_tokens, *others, **more)
+        counts = ~torch.isin(batch_tokens, torch.tensor(list(special), device=batch_tokens.device))
+        for metric, values in losses.items():
+            of_metric = counts[:, : values.shape[1]]  # the last token predicts nothing
+            recorded.setdefault(metric, []).append((values.cpu().double() * of_metric.cpu()).sum(dim=1))
+            recorded.setdefault(f"{metric} tokens", []).append(of_metric.cpu().sum(dim=1).double())
+        return losses
+
+    core_main.get_recons_loss = recording
+    try:
+        yield recorded
+    finally:
+        core_main.get_recons_loss = losses_of_batch
+
+
+def _loss_errors(losses: dict[str, list[Tensor]]) -> dict[str, float]:
+    """Standard errors over sequences of SAEBench's mean losses and of the shares of loss and divergence recovered."""
+    of = {metric: torch.cat(values) for metric, values in losses.items()}
+    errors = {metric: of_ratio(of[metric], of[f"{metric} tokens"]) for metric in of if not metric.endswith(" tokens")}
+    ablated = of["ce_loss_with_ablation"]
+    recovered = of_ratio(ablated - of["ce_loss_with_sae"], ablated - of["ce_loss_without_sae"])
+    divergence = of_ratio(of["kl_div_with_sae"], of["kl_div_with_ablation"])
+    return errors | {"ce_loss_score": recovered, "kl_div_score": divergence}
+
+
 @torch.no_grad()
 def _explained_variance(
     view: SAEView, hook: Hook, source: ActivationSource, tokens: Tokens, special: set[int]
-) -> float:
+) -> tuple[float, dict[str, float]]:
+    """As SAELens computes it, and standard errors over sequences of it and of L0."""
     calculator = ExplainedVarianceCalculator()
+    counts: list[int] = []
+    active, sums, squares, residuals = (list[Tensor]() for _ in range(4))
     for batch in tokens:
         _, cache = source.model.run_with_cache(
             batch, names_filter=[hook.name], stop_at_layer=hook.layer + 1, prepend_bos=False
@@ -206,5 +251,24 @@ def _explained_variance(
         is_text = ~torch.isin(batch, torch.tensor(list(special), device=batch.device))
         check_finite_activations(cache[hook.name], hook, source)
         activations = cache[hook.name][is_text]
-        calculator.add_batch(view.decode(view.encode(activations)), activations)
-    return calculator.compute()
+        feature_acts = view.encode(activations)
+        reconstruction = view.decode(feature_acts)
+        calculator.add_batch(reconstruction, activations)
+        lengths = is_text.sum(dim=1).tolist()
+        counts += lengths
+        x = activations.cpu().double()
+        for parts, values in (
+            (active, (feature_acts != 0).sum(dim=-1).cpu()),
+            (sums, x),
+            (squares, x.square().sum(dim=-1)),
+            (residuals, (x - reconstruction.cpu()).square().sum(dim=-1)),
+        ):
+            parts += [of_sequence.double().sum(dim=0) for of_sequence in values.split(lengths)]
+    n, total = torch.tensor(counts, dtype=torch.float64), torch.stack(sums)
+    mean = total.sum(dim=0) / n.sum()
+    variances = torch.stack(squares) - 2 * total @ mean + n * mean.square().sum()
+    errors = {
+        EXPLAINED_VARIANCE: of_ratio(torch.stack(residuals), variances),
+        "l0": of_ratio(torch.stack(active), n),
+    }
+    return calculator.compute(), errors

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from tqdm.auto import tqdm
 
 from sae_lens_matryoshka.bench.activation_source import ActivationSource
+from sae_lens_matryoshka.bench.beyond_saebench import Beyond
 from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView, grouped, hook_of, on_device
 from sae_lens_matryoshka.bench.fingerprints import package_versions
 from sae_lens_matryoshka.bench.labelled_text import LabelledText
@@ -59,6 +60,9 @@ class Evaluation(ABC, Generic[Config]):
 
     reads_model: ClassVar[bool] = True
     """Whether results depend on the language model, and not on the SAE alone."""
+
+    takes_baselines: ClassVar[bool] = False
+    """Whether random baselines are evaluated beside the SAEs where a call asks for them."""
 
     def __init__(self, config: Config, data: Sequence[LabelledText] = ()) -> None:
         self.given_config = config
@@ -162,7 +166,13 @@ class Evaluation(ABC, Generic[Config]):
         return {"sae": sae.hash}
 
     def output(
-        self, sae: EvaluatedSAE, view: SAEView, metrics: Any, details: Sequence[Any] | None, more: Any = None
+        self,
+        sae: EvaluatedSAE,
+        view: SAEView,
+        metrics: Any,
+        details: Sequence[Any] | None,
+        more: Any = None,
+        beyond: Beyond | None = None,
     ) -> Any:
         """SAEBench's output of an SAE, which makes its own classes of what it is given.
 
@@ -172,6 +182,7 @@ class Evaluation(ABC, Generic[Config]):
             metrics: Category -> metric -> value.
             details: The fields of each of SAEBench's details.
             more: What SAEBench keeps as it is, in ``eval_result_unstructured``.
+            beyond: What there is to say that is not SAEBench's.
         """
         return self.output_type(
             eval_config=self.config_for(sae),
@@ -179,7 +190,7 @@ class Evaluation(ABC, Generic[Config]):
             datetime_epoch_millis=int(time.time() * 1000),
             eval_result_metrics=metrics,
             eval_result_details=details,
-            eval_result_unstructured=more,
+            eval_result_unstructured=more if beyond is None else beyond.added_to(more),
             # the release; SAEBench itself records the commit of the user's working directory
             sae_bench_commit_hash=f"sae-bench {version('sae-bench')}",
             sae_lens_id=sae.sae_id,

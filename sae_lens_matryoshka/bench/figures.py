@@ -72,7 +72,8 @@ def _panel(axes: Axes, table: pd.DataFrame, x: str, metric: str) -> None:
                 )
         else:
             axes.plot(of_sae[x], of_sae[metric], linestyle="", marker="*", markersize=11, label=str(name))
-    higher = {headline.label.split(",")[0]: headline.higher_is_better for headline in HEADLINES.values()}
+    headlines = [headline for several in HEADLINES.values() for headline in several]
+    higher = {headline.label.split(",")[0]: headline.higher_is_better for headline in headlines}
     axes.set_title(f"{metric} ({'higher' if higher[metric.split(',')[0]] else 'lower'} is better)", fontsize=10)
     if x == "width":
         axes.set_xscale("log", base=2)

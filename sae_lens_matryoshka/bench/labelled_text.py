@@ -18,6 +18,10 @@ Texts = dict[str, list[str]]
 """Texts by class."""
 
 
+FEWEST_TRAIN = 2
+"""Texts of a class that a probe needs: with fewer nothing is known of how they vary."""
+
+
 class DataUnavailableError(UserError):
     """A data set that an evaluation needs cannot be fetched."""
 
@@ -40,7 +44,7 @@ class LabelledText:
         if len(self.train) < 2 or set(self.train) != set(self.test):
             raise UserError(
                 f"Data set {self.name!r} needs the same two or more classes in train and test, but has "
-                f"{sorted(self.train)} and {sorted(self.test)}."
+                f"{sorted(self.train)} and {sorted(self.test)}; give more texts of those that are missing."
             )
         for split in (self.train, self.test):
             for label, texts in split.items():
@@ -111,6 +115,23 @@ class LabelledText:
             splits = {"train": rows.drop(test.index), "test": test}
         train, test = (_by_class(splits[split], text_column, labels) for split in ("train", "test"))
         return cls(name or path.stem, train, test)
+
+    def check_enough(self) -> None:
+        """Refuse a class with too few texts for a probe.
+
+        Raises:
+            UserError: If there is one.
+        """
+        for label in self.train:
+            of_label = [self.train[label], self.test[label]]
+            n_train, n_test = (
+                sum(map(len, texts.values())) if isinstance(texts, Mapping) else len(texts) for texts in of_label
+            )
+            if n_train < FEWEST_TRAIN or n_test < 1:
+                raise UserError(
+                    f"Class {label!r} of data set {self.name!r} has too few texts for a probe: {n_train} to train on "
+                    f"and {n_test} to test on; give at least {FEWEST_TRAIN} and 1, or leave the class out."
+                )
 
     def by_class(self, n_train: int, n_test: int) -> tuple[Texts, Texts]:
         """Equally many texts of every class, at most as many as asked for, since SAEBench compares classes one to one.

@@ -57,4 +57,6 @@ def _in_words(name: str, was: Any, now: Any) -> str:
         return ", ".join(f"{p} {versions.get(p)}, now {v}" for p, v in now.items() if versions.get(p) != v)
     if name == "hook":
         return f"the hook {was}, now {now}"
+    if name in ("limit_texts", "max_words"):
+        return f"{name}={was}, now {now}"
     return _IN_WORDS.get(name, "other text")

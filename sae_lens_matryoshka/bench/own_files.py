@@ -11,6 +11,9 @@ RESULTS_FILENAME = "results.csv"
 OWN_FILENAMES = (RESULTS_FILENAME, BY_WIDTH_FILENAME, BY_L0_FILENAME)
 """The files that every call writes anew, or removes where it has nothing to show."""
 
+_COLUMNS_ONCE = b"sae,level,width,evaluation,metric,value,l0,weights"
+"""What the table's first line was before there were standard errors."""
+
 _PNG_HEADER_BYTES = 1000
 """Where the text that says what a figure was made with ends at the latest: matplotlib writes it first."""
 
@@ -54,4 +57,5 @@ def _is_own(path: Path) -> bool:
         head = file.read(_PNG_HEADER_BYTES)
     if path.name != RESULTS_FILENAME:
         return FIGURE_MARK.encode() in head
-    return head.splitlines()[:1] == [",".join(COLUMNS).encode()]
+    columns = head.splitlines()[:1]
+    return columns in ([",".join(COLUMNS).encode()], [_COLUMNS_ONCE])

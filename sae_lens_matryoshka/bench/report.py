@@ -2,7 +2,7 @@
 
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache as remembered
@@ -14,12 +14,13 @@ from tqdm.auto import tqdm
 
 from sae_lens_matryoshka.bench.activation_source import ActivationSource
 from sae_lens_matryoshka.bench.cache import Cache
-from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, hook_of, on_device
+from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, grouped, hook_of, on_device
 from sae_lens_matryoshka.bench.evaluation import Evaluation
 from sae_lens_matryoshka.bench.figures import plot_results
 from sae_lens_matryoshka.bench.made_from import config_as_json
 from sae_lens_matryoshka.bench.models import Model, load_model
 from sae_lens_matryoshka.bench.own_files import OWN_FILENAMES, RESULTS_FILENAME, check_own_files
+from sae_lens_matryoshka.bench.random_baseline import random_baselines
 from sae_lens_matryoshka.bench.result_files import read_results
 from sae_lens_matryoshka.bench.results import HEADLINES, results_table
 from sae_lens_matryoshka.bench.side_by_side import Call, comparable
@@ -54,6 +55,7 @@ def evaluate(
     cache: Cache | None = None,
     hook_name: str | None = None,
     force: bool = False,
+    baselines: bool = False,
 ) -> Report:
     """Run evaluations over the same SAEs, sharing the model's activations, and write everything.
 
@@ -68,6 +70,8 @@ def evaluate(
         cache: Where to keep what is shared; None keeps it in memory.
         hook_name: TransformerLens's name of the hook; None takes each SAE's own.
         force: Whether finished results are made again.
+        baselines: Whether to evaluate a random baseline beside each SAE, see :mod:`random_baseline`, where that is
+            cheap: probing and core. The model's own channels are a baseline of probing in any case.
 
     Raises:
         UserError: If the model cannot be loaded, or the output holds files of somebody else's in the place of ours.
@@ -76,9 +80,13 @@ def evaluate(
     check_own_files(output, [evaluation.name for evaluation in evaluations])
     source = model if isinstance(model, ActivationSource) else ActivationSource(load_model(model), cache)
     failures: dict[str, str] = {}
+    of_evaluation = {each: list(saes) for each in evaluations}
+    if baselines and any(each.takes_baselines for each in evaluations):
+        beside = _baselines(saes, source, hook_name)
+        of_evaluation |= {each: [*saes, *beside] for each in evaluations if each.takes_baselines}
     for evaluation in evaluations:
         try:
-            evaluation.run(saes, source, output, hook_name, force)
+            evaluation.run(of_evaluation[evaluation], source, output, hook_name, force)
         except UserError as error:
             failures[evaluation.name] = str(error)
             tqdm.write(printable(f"{evaluation.name} could not be run: {error}"))
@@ -89,7 +97,7 @@ def evaluate(
             failures[evaluation.name] = f"{type(error).__name__}: {error}. {REPORT_BUG}"
             tqdm.write(printable(traceback.format_exc()), file=sys.stderr)
     skipped = [sentence for evaluation in evaluations for sentence in evaluation.skipped]
-    results = _results(output, saes, source, evaluations, hook_name, skipped)
+    results = _results(output, of_evaluation, source, hook_name, skipped)
     if results.empty:  # nor may an earlier table or figure show what was refused
         for name in OWN_FILENAMES:
             (output / name).unlink(missing_ok=True)
@@ -99,11 +107,20 @@ def evaluate(
     return Report(output, results, failures, skipped)
 
 
+def _baselines(saes: Sequence[EvaluatedSAE], source: ActivationSource, hook_name: str | None) -> list[EvaluatedSAE]:
+    beside: list[EvaluatedSAE] = []
+    for group in grouped(on_device(saes, source.device, source.dtype)):
+        with suppress(UserError):  # which every evaluation says of the SAE too
+            hook = hook_of(group[0].sae, hook_name)
+            source.check_hook(hook, group[0])
+            beside += random_baselines(group, hook, source)
+    return beside
+
+
 def _results(
     output: Path,
-    saes: Sequence[EvaluatedSAE],
+    of_evaluation: Mapping[Evaluation, Sequence[EvaluatedSAE]],
     source: ActivationSource,
-    evaluations: Sequence[Evaluation],
     hook_name: str | None,
     skipped: list[str],
 ) -> pd.DataFrame:
@@ -113,10 +130,11 @@ def _results(
     except UserError:
         return pd.DataFrame()
     # what was asked for and not made, and lies there from before, is of something else: the failure says of what
-    asked = {(evaluation.name, sae.name, sae.level) for evaluation in evaluations for sae in saes}
-    done = {(evaluation.name, sae.name, sae.level) for evaluation in evaluations for sae in evaluation.done}
+    asked = {(each.name, sae.name, sae.level) for each, saes in of_evaluation.items() for sae in saes}
+    done = {(each.name, sae.name, sae.level) for each in of_evaluation for sae in each.done}
     found = [result for result in found if (result.evaluation, result.sae, result.level) not in asked - done]
-    kept, left_out = comparable(found, _call(saes, source, evaluations, hook_name))
+    saes = list(dict.fromkeys(sae for saes in of_evaluation.values() for sae in saes))
+    kept, left_out = comparable(found, _call(saes, source, list(of_evaluation), hook_name))
     skipped += left_out
     return results_table(kept) if kept else pd.DataFrame()
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sae_lens_matryoshka.bench.beyond_saebench import Beyond
 from sae_lens_matryoshka.bench.made_from import MADE_FROM
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.untrusted.bounded import load_json
@@ -22,7 +23,13 @@ class Result:
     """Index of the level; None for SAEs without levels."""
 
     width: int
+    d_in: int | None
+    """How many channels the model has there."""
+
     metrics: dict[str, float]
+    standard_errors: dict[str, float]
+    """Of the metrics for which they are known."""
+
     config: dict[str, Any]
     """SAEBench's config, as JSON has it."""
 
@@ -72,11 +79,27 @@ def _read(path: Path) -> Result:
     # the core evaluation's figure beyond SAEBench's own
     unstructured = result.get("eval_result_unstructured") or {}
     metrics |= {name: value for name, value in unstructured.items() if isinstance(value, float)}
+    beyond = Beyond.of(unstructured)
+    metrics |= beyond.metrics
     metadata = result["sae_cfg_dict"].get("metadata") or {}
     config, made_from = result.get("eval_config") or {}, metadata.get(MADE_FROM) or {}
     time = result.get("datetime_epoch_millis") or 0
-    wrong = [value for value in metrics.values() if not isinstance(value, int | float)]
+    numbers = [*metrics.values(), *beyond.standard_errors.values()]
+    wrong = [value for value in numbers if not isinstance(value, int | float)]
     wrong += [value for value in (config, made_from) if not isinstance(value, dict)]
     if not isinstance(name, str) or not isinstance(width, int) or not isinstance(time, int) or wrong:
         raise TypeError("values of other types than SAEBench's")
-    return Result(path, path.parent.name, name, level, width, metrics, config, metadata, made_from, time)
+    return Result(
+        path=path,
+        evaluation=path.parent.name,
+        sae=name,
+        level=level,
+        width=width,
+        d_in=result["sae_cfg_dict"].get("d_in"),
+        metrics=metrics,
+        standard_errors=dict(beyond.standard_errors),
+        config=config,
+        metadata=metadata,
+        made_from=made_from,
+        time=time,
+    )

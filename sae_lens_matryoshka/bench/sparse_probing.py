@@ -2,31 +2,31 @@
 
 As in SAEBench, for every data set: probes on the model's activations, then on all latents, then on the top k of them.
 The model's part is done once and shared, with the state of the random generators that it leaves behind: every SAE and
-level comes out as if SAEBench had evaluated it alone.
+level comes out as if SAEBench had evaluated it alone. Beside SAEBench's rule for the top k there is a second one, which
+does not look at the largest latents only; see ``k_sparse_probes.py``.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sae_lens_matryoshka.bench.activation_source import ActivationSource, Split, TextActivations, TextSpec
+from sae_lens_matryoshka.bench.beyond_saebench import Beyond
 from sae_lens_matryoshka.bench.cache import Entry
 from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView
 from sae_lens_matryoshka.bench.evaluation import Evaluation
+from sae_lens_matryoshka.bench.k_sparse_probes import dense_answers, top_k_answers
 from sae_lens_matryoshka.bench.labelled_text import LabelledText, named_text
+from sae_lens_matryoshka.bench.standard_errors import Answers, of_mean_accuracy, of_mean_of_independent
 from sae_lens_matryoshka.bench.upstream import (
     RandomState,
     SparseProbingEvalConfig,
     SparseProbingEvalOutput,
     general_utils,
-    probe_training,
     seed_everything,
 )
-
-DENSE_PROBE: dict[str, Any] = {"select_top_k": None, "use_sklearn": False, "batch_size": 250, "epochs": 100, "lr": 1e-2}
-"""How SAEBench trains the probe on all channels or latents (``sparse_probing.main.run_eval_single_dataset``)."""
 
 
 class SparseProbing(Evaluation[SparseProbingEvalConfig]):
@@ -39,10 +39,13 @@ class SparseProbing(Evaluation[SparseProbingEvalConfig]):
 
     name = "sparse_probing"
     output_type = SparseProbingEvalOutput
+    takes_baselines = True
 
     def __init__(self, config: SparseProbingEvalConfig | None = None, data: Sequence[LabelledText] = ()) -> None:
         of_user: dict[str, Any] = {"dataset_names": [text.name for text in data]} if data else {}
         super().__init__(config or SparseProbingEvalConfig(**of_user), data)
+        for text in data:
+            text.check_enough()
 
     def evaluate(
         self, group: Sequence[EvaluatedSAE], hook: Hook, source: ActivationSource
@@ -50,21 +53,29 @@ class SparseProbing(Evaluation[SparseProbingEvalConfig]):
         specs = {name: self._spec(name, hook) for name in self.config.dataset_names}
         whole = SAEView(group[0].sae, hook, source.name)
         for sae in group:
-            results: dict[str, dict[str, float]] = {}
-            per_class: dict[str, dict[str, dict[str, float]]] = {}
-            for name, spec in specs.items():
-                llm_accuracies = self._probe_language_model(spec, source)
-                latents = source.pooled_latents(spec, whole, sae.level).of_texts
-                accuracies = self._accuracies("sae", latents) | llm_accuracies
-                per_class[f"{name}_results"] = accuracies
-                results[f"{name}_results"] = {
-                    metric: sum(by_class.values()) / len(by_class) for metric, by_class in accuracies.items()
-                }
+            found = {
+                name: self._probe_language_model(spec, source).beside(
+                    self._probes("sae", source.pooled_latents(spec, whole, sae.level).of_texts)
+                )
+                for name, spec in specs.items()
+            }
+            per_class = {f"{name}_results": of_data_set.saebench for name, of_data_set in found.items()}
+            standardized = {f"{name}_results": of_data_set.standardized for name, of_data_set in found.items()}
+            results, further = _over_classes(per_class), _over_classes(standardized)
             # SAEBench's two categories take their own metrics of all
-            mean = general_utils.average_results_dictionaries(results, self.config.dataset_names)
+            metrics = general_utils.average_results_dictionaries(results, self.config.dataset_names)
             details = [{"dataset_name": name, **result} for name, result in results.items()]
+            of_first = next(iter(found.values())).errors
+            beyond = Beyond(
+                metrics=general_utils.average_results_dictionaries(further, self.config.dataset_names),
+                standard_errors={
+                    metric: of_mean_of_independent([of_data_set.errors[metric] for of_data_set in found.values()])
+                    for metric in of_first
+                },
+                details={"per_class": standardized},
+            )
             view = self.view(sae, hook, source)
-            yield sae, self.output(sae, view, {"llm": mean, "sae": mean}, details, per_class)
+            yield sae, self.output(sae, view, {"llm": metrics, "sae": metrics}, details, per_class, beyond)
 
     def _spec(self, name: str, hook: Hook) -> TextSpec:
         config = self.config
@@ -77,31 +88,59 @@ class SparseProbing(Evaluation[SparseProbingEvalConfig]):
         assert config.llm_batch_size is not None  # filled in
         return TextSpec(*texts, hook, config.context_length, config.llm_batch_size)
 
-    def _probe_language_model(self, spec: TextSpec, source: ActivationSource) -> dict[str, dict[str, float]]:
-        """Accuracies of probes on the model's activations, by metric and class; leaves the generators after them."""
+    def _probe_language_model(self, spec: TextSpec, source: ActivationSource) -> "_Probed":
+        """Probes on the model's activations; leaves the generators after them."""
 
         def compute() -> Entry:
             seed_everything(self.config.random_seed)
-            mean = source.of_text(spec).map(TextActivations.means)
-            accuracies = self._accuracies("llm", mean)
+            probed = self._probes("llm", source.of_text(spec).map(TextActivations.means))
             state = RandomState.capture()
-            return Entry({"torch": state.torch}, {"accuracies": accuracies, "python": state.python})
+            return Entry({"torch": state.torch}, {**asdict(probed), "python": state.python})
 
-        key = source.key("probes", **spec.key, k_values=self.config.k_values, seed=self.config.random_seed)
+        key = source.key("probes by two rules", **spec.key, k_values=self.config.k_values, seed=self.config.random_seed)
         entry = source.cache.get_or_compute(key, compute)
-        RandomState(entry.values["python"], entry.tensors["torch"]).restore()
-        return entry.values["accuracies"]
+        values = dict(entry.values)
+        RandomState(values.pop("python"), entry.tensors["torch"]).restore()
+        return _Probed(**values)
 
-    def _accuracies(self, kind: str, values: Split[Tensor]) -> dict[str, dict[str, float]]:
-        """By metric and class: of probes on everything and on the top k, of activations ("llm") or latents ("sae")."""
-        probes = {f"{kind}_test_accuracy": DENSE_PROBE}
-        probes |= {f"{kind}_top_{k}_test_accuracy": {"select_top_k": k} for k in self.config.k_values}
-        found: dict[str, dict[str, float]] = {}
-        for metric, settings in probes.items():
-            if metric == "sae_test_accuracy" and self.config.lower_vram_usage:
-                found[metric] = {"-1": -1.0}  # SAEBench's way to leave out the probe on all latents
-                continue
-            with torch.enable_grad():
-                _, accuracies = probe_training.train_probe_on_activations(values.train, values.test, **settings)
-            found[metric] = {label: float(accuracy) for label, accuracy in accuracies.items()}
-        return found
+    def _probes(self, kind: str, values: Split[Tensor]) -> "_Probed":
+        """On everything and on the top k, of activations ("llm") or latents ("sae")."""
+        probed = _Probed()
+        if kind == "sae" and self.config.lower_vram_usage:
+            probed.saebench["sae_test_accuracy"] = {"-1": -1.0}  # SAEBench's way to leave out the probe on all latents
+        else:
+            probed.add(probed.saebench, f"{kind}_test_accuracy", dense_answers(values.train, values.test))
+        for k, (by_saebench, standardized) in top_k_answers(values.train, values.test, self.config.k_values).items():
+            probed.add(probed.saebench, f"{kind}_top_{k}_test_accuracy", by_saebench)
+            probed.add(probed.standardized, f"{kind}_top_{k}_standardized_test_accuracy", standardized)
+        return probed
+
+
+@dataclass(frozen=True)
+class _Probed:
+    """What probes found on one data set."""
+
+    saebench: dict[str, dict[str, float]] = field(default_factory=dict)
+    """SAEBench's metric -> class -> accuracy."""
+
+    standardized: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The same of the other rule's metrics."""
+
+    errors: dict[str, float] = field(default_factory=dict)
+    """Metric -> standard error of the mean over classes."""
+
+    def add(self, to: dict[str, dict[str, float]], metric: str, answers: dict[str, Answers]) -> None:
+        to[metric] = {label: of_class.accuracy for label, of_class in answers.items()}
+        self.errors[metric] = of_mean_accuracy(list(answers.values()))
+
+    def beside(self, other: "_Probed") -> "_Probed":
+        return _Probed(
+            other.saebench | self.saebench, other.standardized | self.standardized, other.errors | self.errors
+        )
+
+
+def _over_classes(per_class: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    return {
+        name: {metric: sum(by_class.values()) / len(by_class) for metric, by_class in metrics.items()}
+        for name, metrics in per_class.items()
+    }

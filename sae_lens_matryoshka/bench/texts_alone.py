@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sae_lens_matryoshka.bench.evaluated_saes import Hook
 from sae_lens_matryoshka.bench.models import Model
+from sae_lens_matryoshka.bench.progress import progress_bar
 
 TextTokens = Int[Tensor, " tokens"]
 """The tokens of one text."""
@@ -52,7 +53,7 @@ def is_special(model: Model, tokens: Int[Tensor, "*any"]) -> Bool[Tensor, "*any"
 
 @torch.no_grad()
 def activations_alone(
-    model: Model, texts: Sequence[TextTokens], hook: Hook, batch_size: int
+    model: Model, texts: Sequence[TextTokens], hook: Hook, batch_size: int, description: str | None = None
 ) -> Iterator[tuple[int, Float[Tensor, "tokens d_in"]]]:
     """The activations of each text, as if it had been run by itself.
 
@@ -61,11 +62,13 @@ def activations_alone(
         texts: The tokens of each text.
         hook: Where to take the activations.
         batch_size: How many texts to run together.
+        description: What a progress bar is to say; None shows none.
 
     Yields:
         The index of a text and its activations, shortest texts first.
     """
     by_length = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    bar = progress_bar(sum(map(len, texts)), description, "tokens") if description else None
     for start in range(0, len(by_length), batch_size):
         indices = by_length[start : start + batch_size]
         tokens = pad_sequence([texts[index] for index in indices], batch_first=True)
@@ -76,3 +79,7 @@ def activations_alone(
         )
         for index, activations in zip(indices, cache[hook.name], strict=True):
             yield index, activations[: len(texts[index])]
+        if bar is not None:
+            bar.update(sum(len(texts[index]) for index in indices))
+    if bar is not None:
+        bar.close()

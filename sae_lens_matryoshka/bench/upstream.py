@@ -9,12 +9,15 @@ import contextlib
 import io
 import json
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jaxtyping
 import torch
 from torch import Tensor
+
+from sae_lens_matryoshka.bench.progress import shown_stderr
 
 try:
     import sae_bench
@@ -62,16 +65,18 @@ def contained() -> Iterator[None]:
 
     Inside, jaxtyping's run-time checks are off, as with ``JAXTYPING_DISABLE=1``: with them SAEBench's probes fail on
     classes of unequal size and its activation collection refuses a ``TransformerBridge``. What SAEBench prints is
-    dropped, progress bars and warnings included; progress bars made outside still show.
+    dropped, progress bars and warnings included; bars made outside, or by ``progress.progress_bar``, still show.
     """
     checks_were_disabled = jaxtyping.config.jaxtyping_disable
     grad_was_enabled = torch.is_grad_enabled()
     random_state = RandomState.capture()
     jaxtyping.config.update("jaxtyping_disable", True)
+    outside = shown_stderr.set(shown_stderr.get() or sys.stderr)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
+        shown_stderr.reset(outside)
         jaxtyping.config.update("jaxtyping_disable", checks_were_disabled)
         torch.set_grad_enabled(grad_was_enabled)
         random_state.restore()

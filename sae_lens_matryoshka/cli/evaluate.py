@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
+from rich.measure import Measurement
 from rich.table import Column, Table
 
-from sae_lens_matryoshka.cli.arguments import finite_number, parse_widths
+from sae_lens_matryoshka.cli.arguments import finite_number, parse_widths, positive_count
 from sae_lens_matryoshka.cli.loading import load_saelens
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.run_files.saes import same_folder, why_no_folder
@@ -22,7 +23,15 @@ if TYPE_CHECKING:
 
     from sae_lens_matryoshka.bench.evaluation import Evaluation
 
-EVALUATIONS = ("sparse_probing", "tpp", "scr", "absorption", "core", "meta_structure")
+DEFAULT_EVALUATIONS = ("sparse_probing", "tpp", "scr", "absorption", "core", "meta_structure")
+EVALUATIONS = (*DEFAULT_EVALUATIONS, "sparse_probing_sae_probes")
+LIMITED_BY_TEXTS = {"sparse_probing", "sparse_probing_sae_probes", "tpp", "scr"}
+FEWEST_TEXTS = 10
+
+ON_ERASURE = (
+    "TPP and SCR are noisy and should not decide between SAEs (arXiv:2605.18229); the most reliable of SAEBench's "
+    "evaluations is sparse_probing_sae_probes."
+)
 
 
 class Setting(NamedTuple):
@@ -59,8 +68,10 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--model", help="folder or name of the language model (default: what the first SAE records)")
     parser.add_argument(
-        "--evals", default=",".join(EVALUATIONS), metavar="EVAL,...", help="what to run (default: %(default)s)"
-    )
+        "--evals", default=",".join(DEFAULT_EVALUATIONS), metavar="EVAL,...",
+        help="what to run (default: %(default)s); also sparse_probing_sae_probes, 113 probing tasks without a "
+        "download, hours on a CPU without --limit-texts. " + ON_ERASURE,
+    )  # fmt: skip
     parser.add_argument(
         "--widths", action="append", default=[], metavar="[NAME=]2048,6144,...",
         help="level widths of an SAE that does not record them; with its name where there are several, repeatable",
@@ -71,6 +82,19 @@ def add_to(commands: Any) -> None:
         "--data", action="append", default=[], metavar="NAME=FILE",
         help="labelled text of your own for probing and erasure: .jsonl, .csv or .parquet with columns text and label, "
         "for scr also second_label; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--limit-texts", type=positive_count, metavar="N",
+        help="a quick look: probing, tpp and scr train on N texts of each class at most and test on N, "
+        "sparse_probing_sae_probes on N of each task; results say so",
+    )  # fmt: skip
+    parser.add_argument(
+        "--absorption-max-words", type=positive_count, metavar="N",
+        help="let absorption draw N words of the vocabulary (default: all, hours on a CPU with Gemma's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--baselines", action=argparse.BooleanOptionalAction, default=True,
+        help="evaluate beside each SAE one with random directions and the same L0, in probing and core (default: on)",
     )  # fmt: skip
     parser.add_argument("--text", metavar="FILE|DIR|NAME", help="text for core (default: Skylion007/openwebtext)")
     parser.add_argument(
@@ -119,18 +143,33 @@ def run(options: argparse.Namespace) -> None:
     check_own_files(Path(options.output), request.evaluations)
     device = resolve_device(options.device, "--device")
     data = [LabelledText.from_file(file, name) for name, file in request.data]
-    evaluations = build_evaluations(request.evaluations, request.settings, data, options.text)
+    evaluations = build_evaluations(
+        request.evaluations, request.settings, data, options.text, options.limit_texts, options.absorption_max_words
+    )
     saes, recorded_model = load_saes(request.places, request.widths, request.levels, device, options.dtype)
     model_name = options.model or recorded_model()
     if model_name is None:
         raise UserError(f"{options.saes[0]} does not record its model; name it with --model.")
     cache = Cache(options.cache, round(options.cache_size * 10**9))
     source = ActivationSource(load_model(model_name, device, options.dtype), cache)
-    report = run_evaluations(saes, source, options.output, evaluations, hook_name=options.hook, force=options.force)
+    report = run_evaluations(
+        saes,
+        source,
+        options.output,
+        evaluations,
+        hook_name=options.hook,
+        force=options.force,
+        baselines=options.baselines,
+    )
 
     console = PlainConsole()
     if not report.results.empty:
-        console.print(_table(headline_table(report.results)))
+        table = _table(headline_table(report.results), headline_table(report.results, "standard_error"))
+        needed = Measurement.get(console, console.options, table).minimum
+        console.print(table, width=max(console.width, needed), crop=False)
+        console.print("After ±: the standard error over test texts, sequences or letters.", soft_wrap=True)
+        if {"tpp", "scr"} & set(report.results["evaluation"]):
+            console.print(ON_ERASURE, soft_wrap=True)
         console.print(f"Results, figures and {RESULTS_FILENAME} are in {report.output}", soft_wrap=True)
     for sentence in [*report.skipped, *_unused(options, evaluations)]:
         console.print(sentence, soft_wrap=True)
@@ -159,6 +198,14 @@ def parse_request(options: argparse.Namespace) -> Request:
     for name in evaluations:
         if name not in EVALUATIONS:
             raise UserError(f"There is no evaluation {name!r}; choose from {', '.join(EVALUATIONS)}.")
+    if options.limit_texts is not None and not LIMITED_BY_TEXTS & set(evaluations):
+        raise UserError(f"--limit-texts is for {', '.join(sorted(LIMITED_BY_TEXTS))}; leave it out.")
+    if options.limit_texts is not None and options.limit_texts < FEWEST_TEXTS:
+        raise UserError(
+            f"--limit-texts {options.limit_texts} are too few texts for a probe; give {FEWEST_TEXTS} or more."
+        )
+    if options.absorption_max_words is not None and "absorption" not in evaluations:
+        raise UserError("--absorption-max-words is for absorption, which is not among the evaluations; leave it out.")
     settings = [_parse_setting(text) for text in options.set]
     for text, setting in zip(options.set, settings, strict=True):
         if setting.evaluation not in evaluations:
@@ -248,14 +295,21 @@ def _unused(options: argparse.Namespace, evaluations: "Sequence[Evaluation[Any]]
             yield f"--data {text} was not used: no evaluation has read it."
 
 
-def _table(headlines: "pd.DataFrame") -> Table:
+def _table(headlines: "pd.DataFrame", errors: "pd.DataFrame") -> Table:
     import pandas as pd
 
-    def cell(value: Any, form: str) -> str:
-        return "" if pd.isna(value) else format(value, form)
+    def cell(value: Any, form: str, before: str = "") -> str:
+        return "" if pd.isna(value) else before + format(value, form)
 
     name = Column("SAE", no_wrap=True, min_width=max(map(len, headlines["sae"])))
-    table = Table(name, "level", "width", "L0", *headlines.columns[4:])
-    for sae, level, width, l0, *scores in headlines.itertuples(index=False):
-        table.add_row(sae, cell(level, ""), str(width), cell(l0, ".1f"), *(cell(score, ".3f") for score in scores))
+    numbers = (Column(label, no_wrap=True) for label in ("level", "width", "L0"))
+    table = Table(
+        name, *numbers, *(Column(label, min_width=max(map(len, label.split()))) for label in headlines.columns[4:])
+    )
+    for row, of_row in zip(headlines.itertuples(index=False), errors.itertuples(index=False), strict=True):
+        sae, level, width, l0, *scores = row
+        cells = (
+            f"{cell(score, '.3f')}\n{cell(error, '.3f', '±')}" for score, error in zip(scores, of_row[4:], strict=True)
+        )
+        table.add_row(sae, cell(level, ""), str(width), cell(l0, ".1f"), *cells)
     return table

@@ -65,9 +65,10 @@ def write_line() -> None:
     from tqdm import tqdm
 
     with tqdm.get_lock():
-        line = " | ".join(str(bar) for bar in _shown_bars())
-    if line:
-        print(line, file=sys.stderr, flush=True)
+        bars = _shown_bars()
+        line = " | ".join(map(str, bars))
+    if line:  # where the outermost bar goes: standard error may be dropped meanwhile, as where SAEBench runs
+        print(line, file=bars[0].fp, flush=True)
 
 
 def _shown_bars() -> list[Any]:

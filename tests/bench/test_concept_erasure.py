@@ -8,11 +8,13 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from sae_bench.evals.scr_and_tpp import main as scr_and_tpp_main
 
 from sae_lens_matryoshka import MatryoshkaSAE
 from sae_lens_matryoshka.bench import upstream
 from sae_lens_matryoshka.bench.activation_source import ActivationSource
+from sae_lens_matryoshka.bench.beyond_saebench import BEYOND, Beyond
 from sae_lens_matryoshka.bench.concept_erasure import ConceptErasure
 from sae_lens_matryoshka.bench.evaluated_saes import levels
 from sae_lens_matryoshka.bench.upstream import ScrAndTppEvalConfig
@@ -68,6 +70,19 @@ def test_every_level_equals_saebench_own_run(
             artifacts_path=str(tmp_path / f"artifacts-{evaluated.level}"),
         ).values()
         written = json.loads(path.read_text())
+        unstructured = written["eval_result_unstructured"]
+        errors = Beyond.of(unstructured).standard_errors
+        del unstructured[BEYOND]
+        if perform_scr:
+            assert unstructured == {}
+            assert errors == {}  # one pair of classes
+            written["eval_result_unstructured"] = None
+        else:
+            (by_class,) = unstructured.values()
+            for metric, error in errors.items():
+                drops = torch.tensor([of_class[metric] for of_class in by_class.values()], dtype=torch.float64)
+                assert error == pytest.approx(float(drops.std() / len(drops) ** 0.5))
+            assert set(errors) == set(next(iter(by_class.values())))
         for part in ("eval_config", "eval_result_metrics", "eval_result_details", "eval_result_unstructured"):
             assert_equal(written[part], json.loads(json.dumps(theirs[part])))
         values += written["eval_result_metrics"][f"{'scr' if perform_scr else 'tpp'}_metrics"].values()

@@ -11,10 +11,12 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import AutoTokenizer
 
 from sae_lens_matryoshka import MatryoshkaSAE
-from sae_lens_matryoshka.bench import upstream
+from sae_lens_matryoshka.bench import core, upstream
 from sae_lens_matryoshka.bench.activation_source import ActivationSource
+from sae_lens_matryoshka.bench.beyond_saebench import Beyond
 from sae_lens_matryoshka.bench.core import EXPLAINED_VARIANCE, Core
 from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, levels
+from sae_lens_matryoshka.bench.standard_errors import of_ratio
 from sae_lens_matryoshka.bench.upstream import CoreEvalConfig, core_main
 from tests.bench.fixtures import HOOK, assert_equal, upstream_sae
 
@@ -52,6 +54,32 @@ def test_every_level_equals_saebench_own_run(
         assert written["eval_result_unstructured"][EXPLAINED_VARIANCE] == pytest.approx(
             _explained_variance(evaluated, config, source), abs=1e-5
         )
+        errors = Beyond.of(written["eval_result_unstructured"]).standard_errors
+        assert errors.pop("ce_loss_with_ablation") == 0  # without activations every token is as likely
+        assert {"ce_loss_score", "kl_div_score", "ce_loss_with_sae", "l0", EXPLAINED_VARIANCE} <= set(errors)
+        assert all(0 < error < 1 for error in errors.values())
+
+
+def test_errors_are_of_the_sequences_that_saebench_averages_over(
+    sae: MatryoshkaSAE, source: ActivationSource, tinystories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ratios: list[float] = []
+
+    def recording(numerators: torch.Tensor, denominators: torch.Tensor) -> float:
+        assert len(numerators) == len(denominators) in (8, 12)  # two batches of 4 prompts, and three
+        ratios.append(float(numerators.sum() / denominators.sum()))
+        return of_ratio(numerators, denominators)
+
+    monkeypatch.setattr(core, "of_ratio", recording)
+    (path,) = Core(_config(tinystories)).run(levels("ours", sae, [-1]), source, tmp_path)
+    metrics = json.loads(path.read_text())["eval_result_metrics"]
+    performance, behavior = metrics["model_performance_preservation"], metrics["model_behavior_preservation"]
+    averages = [
+        performance["ce_loss_score"], performance["ce_loss_with_sae"], performance["ce_loss_without_sae"],
+        behavior["kl_div_with_sae"], metrics["sparsity"]["l0"], 1 - behavior["kl_div_score"],
+    ]  # fmt: skip
+    for average in averages:
+        assert any(ratio == pytest.approx(average, abs=1e-5) for ratio in ratios), average
 
 
 def test_special_tokens_are_left_out_for_saes_that_were_trained_without_them(

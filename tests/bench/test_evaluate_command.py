@@ -79,25 +79,82 @@ def test_everything_from_the_command_line(
         "sparse_probing", "tpp", "core", "meta_structure", "results.csv", "metrics_by_width.png", "metrics_by_l0.png",
     }  # fmt: skip
     results = load_results(output)
-    assert list(results.columns) == ["sae", "level", "width", "evaluation", "metric", "value", "l0", "weights"]
+    assert list(results.columns) == [
+        "sae", "level", "width", "evaluation", "metric", "value", "standard_error", "l0", "weights",
+    ]  # fmt: skip
     assert len(pd.read_csv(output / "results.csv")) == len(results)
     table = headline_table(results)
-    assert table[["sae", "width"]].values.tolist() == [["baseline", 48], ["matryoshka", 16], ["matryoshka", 128]]
-    assert table["TPP, 20 latents"].count() == 2  # no 20 latents in a level of 16
-    assert table["l0"].count() == 3
+    assert table[["sae", "width"]].values.tolist() == [
+        ["baseline", 48], ["baseline_random", 48], ["matryoshka", 16], ["matryoshka", 128],
+        ["matryoshka_random", 16], ["matryoshka_random", 128], ["model channels", 64],
+    ]  # fmt: skip
+    assert table["TPP, 20 latents"].count() == 2  # no 20 latents in a level of 16, and not for baselines
+    assert table["sparse probing, top 1 standardized"].count() == 7
+    assert table["l0"].count() == 6
+    errors = headline_table(results, "standard_error")
+    assert errors["sparse probing, top 1"].between(0.01, 0.1).all()
+    assert "After ±: the standard error" in printed
+    assert "should not decide between SAEs (arXiv:2605.18229)" in printed
+    l0 = table.set_index(["sae", "width"])["l0"]
+    for sae, width in (("baseline", 48), ("matryoshka", 16), ("matryoshka", 128)):  # the same on the text of baselines
+        assert l0[f"{sae}_random", width] == pytest.approx(l0[sae, width], rel=0.5)
 
     # SAEBench's schema, and SAEBench's own plots read the files
     paths = sorted(output.glob("tpp/*.json"))
-    assert [path.name for path in paths] == [
+    assert [path.name for path in paths] == [  # no baselines
         "baseline_custom_sae_eval_results.json",
         "matryoshka_level_0_eval_results.json",
         "matryoshka_level_2_eval_results.json",
     ]
     for path in paths:
         TypeAdapter(upstream.TppEvalOutput).validate_json(path.read_text())
-    core = sorted(map(str, output.glob("core/*.json")))
+    core = sorted(str(path) for path in output.glob("core/*.json") if "_random_" not in path.name)
     read = graphing_utils.get_eval_results(list(map(str, paths)))
     assert set(read) == set(graphing_utils.get_core_results(core))
+
+
+def test_few_texts_are_said_and_never_mixed_with_all(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    arguments += [
+        "--evals",
+        "sparse_probing",
+        "--set",
+        "sparse_probing.k_values=[1]",
+        "--levels",
+        "0",
+        "--no-baselines",
+    ]
+    assert main([*arguments, "--limit-texts", "10"]) == 0
+    capsys.readouterr()
+    config = json.loads(next((tmp_path / "out" / "sparse_probing").glob("matryoshka*")).read_text())["eval_config"]
+    assert (config["probe_train_set_size"], config["probe_test_set_size"]) == (20, 20)
+    assert main(arguments) == 1
+    assert "probe_train_set_size=20, now 4000" in capsys.readouterr().err
+    limited = load_results(tmp_path / "out")
+    assert main([*arguments, "--force"]) == 0  # from the same cache
+    pd.testing.assert_series_equal(
+        load_results(tmp_path / "out")["standard_error"].lt(limited["standard_error"]).tail(3),
+        pd.Series([True] * 3), check_index=False, check_names=False,
+    )  # fmt: skip
+    assert {"model channels", "matryoshka"} <= set(limited["sae"])
+    assert not limited["sae"].str.contains("random").any()
+
+
+def test_channels_are_a_row_of_the_table_once_for_each_hook(arguments: list[str], tmp_path: Path):
+    arguments += [*_evals("sparse_probing"), "--levels", "0", "--no-baselines"]
+    assert main(arguments) == 0
+    results = load_results(tmp_path / "out")
+    channels = results[results["sae"] == "model channels"].set_index("metric")["value"]
+    llm = results[(results["sae"] == "matryoshka") & results["metric"].str.startswith("llm_")]
+    assert len(channels) == len(llm) == 3
+    for metric, value in zip(llm["metric"], llm["value"], strict=True):
+        assert channels[metric.replace("llm_", "sae_")] == value
+    assert main([*arguments, "--hook", "blocks.1.hook_resid_post", "--force", "--output", str(tmp_path / "other")]) == 0
+    for path in (tmp_path / "other" / "sparse_probing").iterdir():
+        path.rename(tmp_path / "out" / "sparse_probing" / path.name.replace("_level", "2_level"))
+    names = set(load_results(tmp_path / "out", warn=lambda _: None)["sae"])
+    assert {"model channels of blocks.1.hook_resid_post", f"model channels of {HOOK}"} <= names
 
 
 def test_a_rerun_keeps_what_is_finished(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -210,6 +267,17 @@ def test_what_cannot_be_fetched_is_named_and_the_rest_is_done(
         (["--data", "kinds.csv"], "--data 'kinds.csv' must be NAME=FILE"),
         (["--data", "kinds=KINDS"], "Two files of --data have the same name, of kinds, kinds"),
         (["--evals", "core", "--set", "core.dataset=x"], "--set core.dataset=x name two texts for core; leave one out"),
+        (["--evals", "core", "--limit-texts", "20"], "--limit-texts is for scr, sparse_probing,"),
+        (["--evals", "tpp", "--limit-texts", "2"], "--limit-texts 2 are too few texts for a probe; give 10 or more"),
+        (
+            ["--evals", "core", "--absorption-max-words", "500"],
+            "--absorption-max-words is for absorption, which is not",
+        ),
+        (["--evals", "absorption", "--absorption-max-words", "20"], "max_words=20 must be 130 or more"),
+        (
+            ["--data", "few=FEW"],
+            "Class 'b' of data set 'few' has too few texts for a probe: 1 to train on and 1 to test",
+        ),
         (["--evals", "core", "--text", "nowhere.jsonl"], "There is no file nowhere.jsonl"),
         (["--device", "cuda:7"], "--device='cuda:7' cannot be used on this machine"),
         (
@@ -223,7 +291,11 @@ def test_what_cannot_be_fetched_is_named_and_the_rest_is_done(
 def test_mistakes_are_one_sentence(
     changes: list[str], message: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    changes = [change.replace("KINDS", str(tmp_path / "kinds.jsonl")) for change in changes]
+    parts = [("a", "train"), ("a", "train"), ("a", "test"), ("b", "train"), ("b", "test")]
+    rows = [{"text": "A text", "label": label, "split": split} for label, split in parts]
+    pd.DataFrame(rows).to_json(tmp_path / "few.jsonl", orient="records", lines=True)
+    for name in ("kinds", "few"):
+        changes = [change.replace(name.upper(), str(tmp_path / f"{name}.jsonl")) for change in changes]
     is_sae = not changes[0].startswith("--")
     assert main([*arguments[:1], *changes, *arguments[1:]] if is_sae else [*arguments, *changes]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]

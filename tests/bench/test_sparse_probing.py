@@ -11,6 +11,7 @@ from sae_bench.evals.sparse_probing import main as sparse_probing_main
 from sae_lens_matryoshka import MatryoshkaSAE
 from sae_lens_matryoshka.bench import upstream
 from sae_lens_matryoshka.bench.activation_source import ActivationSource
+from sae_lens_matryoshka.bench.beyond_saebench import BEYOND, Beyond
 from sae_lens_matryoshka.bench.evaluated_saes import levels
 from sae_lens_matryoshka.bench.sparse_probing import SparseProbing
 from sae_lens_matryoshka.bench.upstream import SparseProbingEvalConfig
@@ -56,5 +57,16 @@ def test_every_level_equals_saebench_own_run(
             artifacts_path=str(tmp_path / f"artifacts-{evaluated.level}"),
         ).values()
         written = json.loads(path.read_text())
+        unstructured = written["eval_result_unstructured"]
+        beyond = Beyond.of(unstructured)
+        assert set(beyond.metrics) == {
+            f"{kind}_top_{k}_standardized_test_accuracy" for kind in ("llm", "sae") for k in (1, 2, 5)
+        }
+        saebench = {
+            f"{kind}{top}_test_accuracy" for kind in ("llm", "sae") for top in ("", "_top_1", "_top_2", "_top_5")
+        }
+        assert set(beyond.standard_errors) == saebench | set(beyond.metrics)
+        assert all(0.01 < error < 0.05 for error in beyond.standard_errors.values())  # of 240 answers on 120 texts
+        del unstructured[BEYOND]
         for part in ("eval_result_metrics", "eval_result_details", "eval_result_unstructured"):
             assert_equal(written[part], theirs[part])

@@ -8,9 +8,12 @@ import jaxtyping
 import pytest
 import torch
 from sae_bench.evals.sparse_probing import main as sparse_probing_main
+from tqdm import tqdm
 
 from sae_lens_matryoshka.bench import upstream
-from sae_lens_matryoshka.bench.sparse_probing import DENSE_PROBE
+from sae_lens_matryoshka.bench.k_sparse_probes import DENSE_PROBE
+from sae_lens_matryoshka.bench.progress import progress_bar
+from sae_lens_matryoshka.cli.progress import write_line
 
 
 def test_nothing_of_saebench_shows(capfd: pytest.CaptureFixture[str]):
@@ -35,6 +38,20 @@ def test_nothing_of_saebench_shows(capfd: pytest.CaptureFixture[str]):
     assert capfd.readouterr() == ("", "")
 
 
+def test_our_bars_show_all_the_same_and_so_do_lines_about_them(capfd: pytest.CaptureFixture[str]):
+    with tqdm(total=1, desc="outer"), upstream.contained():
+        with progress_bar(3, "inner", "words") as bar:
+            bar.delay = 0
+            bar.update(2)
+            bar.refresh()
+        shown = capfd.readouterr().err
+        assert "inner" in shown
+        assert "2.00/3.00" in shown
+        print("dropped", file=sys.stderr)
+        write_line()
+    assert "outer:   0%" in capfd.readouterr().err
+
+
 def test_a_random_state_comes_back():
     upstream.seed_everything(3)
     random.gauss(0, 1)
@@ -51,5 +68,8 @@ def test_private_names_and_repeated_constants_are_still_saebench_own():
     for name, value in DENSE_PROBE.items():
         written = "1e-2" if name == "lr" else repr(value)
         assert source.count(f"{name}={written}") == 2
+    assert source.count("use_sklearn=False") == 2
+    losses = inspect.getsource(upstream.core_main.get_downstream_reconstruction_metrics)
+    assert "in get_recons_loss(" in losses  # which is looked up when it is called
     assert "max_icl_examples=10" in inspect.getsource(upstream.feature_absorption.run_feature_absortion_experiment)
     assert "shuffle_input_dataset(seed=42)" in inspect.getsource(upstream.core_main.multiple_evals)
