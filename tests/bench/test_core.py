@@ -54,7 +54,7 @@ def test_every_level_equals_saebench_own_run(
         assert written["eval_result_unstructured"][EXPLAINED_VARIANCE] == pytest.approx(
             _explained_variance(evaluated, config, source), abs=1e-5
         )
-        errors = Beyond.of(written["eval_result_unstructured"]).standard_errors
+        errors = dict(Beyond.of(written["eval_result_unstructured"]).standard_errors)
         assert errors.pop("ce_loss_with_ablation") == 0  # without activations every token is as likely
         assert {"ce_loss_score", "kl_div_score", "ce_loss_with_sae", "l0", EXPLAINED_VARIANCE} <= set(errors)
         assert all(0 < error < 1 for error in errors.values())
