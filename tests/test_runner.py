@@ -204,14 +204,16 @@ def test_an_interrupted_run_says_how_to_resume_and_resumes(tinystories: Path, tm
         "sae.k=8",
         "device=cpu",
         "training_tokens=4_000_000",
-        "lr_decay_steps=0",  # so that the run may end earlier
+        "lr_warm_up_steps=0",  # so that the run may end earlier
+        "lr_decay_steps=0",
         f"checkpoint_path={tmp_path / 'checkpoints'}",
+        "n_checkpoints=40",  # the first one shows that it trains
     ]
     command = ["train", "tinystories", "--output", str(tmp_path / "out")]
     for setting in settings:
         command += ["--set", setting]
     process, stderr = processes.start(command, tmp_path, tmp_path), tmp_path / "stderr"
-    while process.is_alive() and not (stderr.exists() and "100|" in stderr.read_text()):
+    while process.is_alive() and not list((tmp_path / "checkpoints").glob("*/[0-9]*")):
         time.sleep(0.05)
     assert process.pid is not None
     os.kill(process.pid, sig)
@@ -222,9 +224,8 @@ def test_an_interrupted_run_says_how_to_resume_and_resumes(tinystories: Path, tm
     assert not (tmp_path / "out").exists()
 
     run = read_run_file("tinystories", settings)
-    [checkpoint] = (tmp_path / "checkpoints").glob("*/[0-9]*")
-    n_done = int(checkpoint.name)
+    n_done = max(int(checkpoint.name) for checkpoint in (tmp_path / "checkpoints").glob("*/[0-9]*"))
     assert 0 < n_done < 4_000_000
-    run["training_tokens"] = n_done + 10 * 2048
+    run |= {"training_tokens": n_done + 10 * 2048, "n_checkpoints": 0}
     result = train(run, output=tmp_path / "out", resume="auto", calibration_samples=10_000, measure_samples=10_000)
-    assert result.saes[0].levels[-1].fvu < 0.5
+    assert result.saes[0].levels[-1].fvu < 0.7
