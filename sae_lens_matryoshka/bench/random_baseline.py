@@ -25,6 +25,7 @@ from sae_lens_matryoshka.bench.evaluated_saes import EvaluatedSAE, Hook, SAEView
 from sae_lens_matryoshka.bench.texts_alone import activations_alone, is_special, text_tokens
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
 from sae_lens_matryoshka.saes.matryoshka_sae_kinds import MatryoshkaJumpReLUSAE, MatryoshkaJumpReLUSAEConfig
+from sae_lens_matryoshka.saved.baseline_names import random_name
 
 SEED = 0
 """The seed of the directions."""
@@ -51,7 +52,7 @@ def random_baselines(saes: Sequence[EvaluatedSAE], hook: Hook, source: Activatio
     random.cfg.metadata = copy.deepcopy(whole.cfg.metadata)
     random.cfg.metadata.random_baseline_seed = SEED
     random = random.to(device=whole.device, dtype=whole.dtype)
-    return [replace(evaluated, name=f"{evaluated.name}_random", sae=random) for evaluated in saes]
+    return [replace(evaluated, name=random_name(evaluated.name), sae=random) for evaluated in saes]
 
 
 @torch.no_grad()

@@ -11,11 +11,9 @@ import pandas as pd
 
 from sae_lens_matryoshka.bench.result_files import Result, read_results
 from sae_lens_matryoshka.bench.side_by_side import differing
+from sae_lens_matryoshka.saved.baseline_names import CHANNELS
 
 COLUMNS = ["sae", "level", "width", "evaluation", "metric", "value", "standard_error", "l0", "weights"]
-
-CHANNELS = "model channels"
-"""The name of the model's own channels in tables, as a baseline of SAEs: probes on the best few of them."""
 
 _KS = (1, 2, 5, 10, 20, 50, 100)
 
@@ -65,7 +63,7 @@ def load_results(folder: str | Path, warn: Callable[[str], object] = warnings.wa
         ``metric``, ``value``, its ``standard_error`` over test texts, sequences or letters (missing where not known),
         ``l0`` of the core evaluation of the same SAE and level (missing without one), and ``weights``, the data type
         and a hash of the SAE or level that was evaluated (missing where not recorded). Rows whose ``sae`` is
-        :data:`CHANNELS` are of probes on the model's own channels, as if they were latents.
+        ``model channels`` are of probes on the model's own channels, as if they were latents.
 
     Raises:
         UserError: If there are no result files, or none that can be read.

@@ -11,6 +11,7 @@ from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.hub.own_files import check_own_file
 from sae_lens_matryoshka.saes.loading import load_any
 from sae_lens_matryoshka.saes.matryoshka_sae import MatryoshkaSAE
+from sae_lens_matryoshka.saved.baseline_names import without_baselines
 from sae_lens_matryoshka.saved.fingerprints import typed_hash
 from sae_lens_matryoshka.untrusted.bounded import is_whole_number
 from sae_lens_matryoshka.untrusted.csv_tables import read_csv
@@ -38,8 +39,8 @@ def read_results(folder: str | Path, names: Iterable[str], only_sae: bool) -> Re
     Args:
         folder: The folder with ``results.csv`` and figures.
         names: What the SAE may be called in the table's ``sae`` column: its id, its folder.
-        only_sae: Whether it is the only SAE to be published; a table about one SAE is then its table, whatever that
-            is called there.
+        only_sae: Whether it is the only SAE to be published; a table about one SAE and its baselines is then its
+            table, whatever that is called there.
 
     Raises:
         UserError: If there is no table, it lacks ``metric`` or ``value`` or has no row about the SAE, or if it or a
@@ -51,9 +52,10 @@ def read_results(folder: str | Path, names: Iterable[str], only_sae: bool) -> Re
         raise UserError(f"There are no results in {folder} (no {RESULTS_FILENAME}).")
     rows = read_csv(check_own_file(path, folder), ["metric", "value"])
     called = {row["sae"] for row in rows if row.get("sae")}
-    if called and not (only_sae and len(called) == 1):
-        names = set(names)
-        rows = [row for row in rows if row.get("sae") in names]
+    if called:
+        trained = without_baselines(called)
+        names = {*trained, ""} if only_sae and len(trained) == 1 else set(names)
+        rows = [row for row in rows if row.get("sae", "") in names]
         if not rows:
             raise UserError(
                 f"{path} has results about {', '.join(sorted(called))}, but none about {' or '.join(sorted(names))}."

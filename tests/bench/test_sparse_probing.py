@@ -1,5 +1,6 @@
 """Sparse probing equals SAEBench's own run, for every level."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,14 @@ import pytest
 from sae_bench.evals.sparse_probing import main as sparse_probing_main
 
 from sae_lens_matryoshka import MatryoshkaSAE
-from sae_lens_matryoshka.bench import upstream
+from sae_lens_matryoshka.bench import LabelledText, load_model, upstream
 from sae_lens_matryoshka.bench.activation_source import ActivationSource
 from sae_lens_matryoshka.bench.beyond_saebench import BEYOND, Beyond
-from sae_lens_matryoshka.bench.evaluated_saes import levels
+from sae_lens_matryoshka.bench.evaluated_saes import Hook, levels
 from sae_lens_matryoshka.bench.sparse_probing import SparseProbing
 from sae_lens_matryoshka.bench.upstream import SparseProbingEvalConfig
 from tests.bench.fixtures import assert_equal, upstream_sae
+from tests.conftest import real_model
 
 AG_NEWS = "fancyzhx/ag_news"
 
@@ -70,3 +72,22 @@ def test_every_level_equals_saebench_own_run(
         del unstructured[BEYOND]
         for part in ("eval_result_metrics", "eval_result_details", "eval_result_unstructured"):
             assert_equal(written[part], theirs[part])
+
+
+def test_the_rule_of_saebench_is_blind_on_a_real_gemma_and_the_other_one_is_not():
+    folder = real_model("gemma-3-270m")
+    code = ["for i in range(10):\n    print(i)", "def area(r):\n    return 3.14 * r ** 2", "x = [y for y in z if y]"]
+    prose = ["The cat sat on the mat.", "She went home after the war.", "It was raining in the north."]
+    endings = ["", " ", "\n", "  ", "\n\n", " \n", "\n ", "..."]
+    texts = {
+        label: [start + end for start, end in itertools.product(starts, endings)]
+        for label, starts in (("code", code), ("prose", prose))
+    }
+    probing = SparseProbing(data=[LabelledText("kind", texts, texts)])
+    source = ActivationSource(load_model(folder, dtype="bfloat16"))
+    probing.begin(source)
+    with upstream.contained():
+        probed = probing._probe_language_model(probing._spec("kind", Hook("blocks.9.hook_resid_post", 9)), source)
+    by_saebench, standardized = probed.saebench, probed.standardized
+    assert min(standardized["llm_top_1_standardized_test_accuracy"].values()) > 0.95
+    assert max(by_saebench["llm_top_1_test_accuracy"].values()) < 0.9
