@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sae_lens_matryoshka import MatryoshkaJumpReLUSAE, MatryoshkaJumpReLUSAEConfig
 
-SLOWEST_FIRST = ["test_real_run.py", "test_readme.py", "test_runner.py", "test_killed_runs.py", "test_examples.py"]
+SLOWEST_FIRST = [
+    "test_real_gemma.py",
+    "test_real_run.py",
+    "test_readme.py",
+    "test_runner.py",
+    "test_killed_runs.py",
+    "test_examples.py",
+]
 """Files that take long for few tests; begun last, one of them would keep a single process busy at the end."""
 
 
@@ -43,12 +52,27 @@ def tinystories() -> Path:
     return TINYSTORIES
 
 
+REAL_MODELS = Path(__file__).parents[2] / "shared" / "real-models"
+
+
 def real_model(name: str) -> Path:
-    """The folder of a real language model, or the test is skipped."""
-    folder = Path(os.environ.get("REAL_MODELS", "~/.cache/real-models")).expanduser() / name
-    if not folder.is_dir():
-        pytest.skip(f"the real model is not at {folder}; REAL_MODELS names another folder")
-    return folder
+    """The folder of a real language model, fetched once a machine where the script for that is; else a skipped test."""
+    folder = Path(os.environ.get("REAL_MODELS", "~/.cache/real-models")).expanduser()
+    why = "REAL_MODELS names another folder"
+    if not (folder / name).is_dir() and "REAL_MODELS" not in os.environ and (REAL_MODELS / "get-models").is_file():
+        environment = {**os.environ, "PYTHON": sys.executable}
+        fetched = subprocess.run([REAL_MODELS / "get-models"], env=environment, capture_output=True, text=True)
+        why = f"get-models says {fetched.stderr.strip()[-300:]!r}"
+    if not (folder / name).is_dir():
+        pytest.skip(f"the real model is not at {folder / name}; {why}")
+    return folder / name
+
+
+def real_text(name: str) -> Path:
+    """A file of text for real language models, or the test is skipped."""
+    if not (REAL_MODELS / name).is_file():
+        pytest.skip(f"the text for real models is not at {REAL_MODELS / name}")
+    return REAL_MODELS / name
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from sae_lens_matryoshka.measuring.channel_statistics import UsualActivations
 from sae_lens_matryoshka.run_files.reading import read_run_file
 from sae_lens_matryoshka.training.looking import look_at_activations
 from sae_lens_matryoshka.training.run import train
-from tests.conftest import real_model
+from tests.conftest import real_model, real_text
 from tests.tiny_runs import tiny_multi_run, tiny_run, tiny_sae
 
 BOS, NEWLINE = 2, 107
@@ -176,9 +176,7 @@ def test_training_warns_of_a_channel_with_most_of_the_variance_unless_it_is_norm
 
 def test_a_real_gemma(tmp_path: Path):
     """The facts that standardizing channels and leaving out special tokens are for, docs/activations.md."""
-    text = Path(__file__).parents[2] / "shared" / "real-models" / "text" / "train.jsonl"
-    if not text.is_file():
-        pytest.skip(f"the text for real models is not at {text}")
+    text = real_text("text/train.jsonl")
     run = {
         "model_name": str(real_model("gemma-3-270m")), "model_class_name": "AutoModelForCausalLM",
         "model_from_pretrained_kwargs": {"dtype": "bfloat16"}, "hook_name": "model.layers.9",

@@ -35,6 +35,8 @@ def test_every_block_is_covered():
         ["train", "tinystories"],
         ["train", "tinystories"],
         ["inspect", "runs/stories260K"],
+        ["look-at-activations", "gemma-3-270m"],
+        ["train", "gemma-3-270m"],
         ["train", "gemma-2-2b"],
         ["train", "gemma-2-2b-sweep"],
         ["train", "gemma-2-2b"],
@@ -76,11 +78,13 @@ def test_training_from_python_ends_with_a_calibrated_sae(tinystories: Path, tmp_
     ("index", "expected"),
     [
         (1, "model_name=DIR"),
-        (4, "set device=cpu"),
-        (5, "set device=cpu"),
+        (4, "model_name=DIR"),
+        (5, "model_name=DIR"),
         (6, "set device=cpu"),
-        (7, "model_name=DIR"),
-        (8, "caches/gemma-3-270m is no folder"),
+        (7, "set device=cpu"),
+        (8, "set device=cpu"),
+        (9, "model_name=DIR"),
+        (10, "caches/gemma-3-270m is no folder"),
     ],
 )
 def test_commands_that_need_the_hub_or_a_gpu_say_so_in_one_sentence(index: int, expected: str, tmp_path: Path):
