@@ -2,6 +2,7 @@
 
 import time
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from sae_lens import SAETrainer
@@ -44,6 +45,8 @@ def _update_bar(
 
 
 def _shown(output: Any) -> str:
+    """The loss, or that of the first SAEs: all that SAELens shows would push rate and time left out of a terminal."""
     if isinstance(output, TrainStepOutput):
-        return " | ".join(f"{name}: {loss.item():.5f}" for name, loss in output.losses.items())
-    return " | ".join(f"{name}: {step.loss.item():.4f}" for name, step in output.items())
+        return f"loss: {output.loss.item():.5g}"
+    losses = [f"{name}: {step.loss.item():.5g}" for name, step in islice(output.items(), 2)]
+    return " | ".join([*losses, *(["..."] if len(output) > 2 else [])])
