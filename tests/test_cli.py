@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, one sentence for a mistake, tables for a result."""
 
+import io
 import re
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from sae_lens_matryoshka import (
     MatryoshkaTrainingSAEConfig,
 )
 from sae_lens_matryoshka.cli.command_line import main
+from sae_lens_matryoshka.saved.level_figures import LevelMetrics, figure_cells, levels_table
 from sae_lens_matryoshka.training import trained_saes
+from sae_lens_matryoshka.untrusted.terminal import PlainConsole
 
 QUICK = [
     "training_samples=2000",
@@ -188,3 +191,15 @@ def test_interruption_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(torch, "manual_seed", interrupt)
     assert _train("--output", str(tmp_path / "out")) == 130
     assert not (tmp_path / "out").exists()
+
+
+def test_no_number_of_a_table_is_cut_off_without_a_terminal(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    level = LevelMetrics(
+        level=0, width=65_536, l0=123.45, fvu=0.1234, fvu_standardized=0.5678, dead=12_345, dense=1234, above_half=123,
+        n_samples=100_000,
+    )  # fmt: skip
+    printed = io.StringIO()
+    PlainConsole(file=printed).print(levels_table([level], "levels of an SAE with a name that is not short at all"))
+    for cell in figure_cells(level):
+        assert cell in printed.getvalue()

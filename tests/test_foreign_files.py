@@ -59,7 +59,7 @@ def test_what_only_looks_like_a_number_is_one_sentence(index: str):
 def test_sizes_are_finite_numbers(option: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         main(["train", option])
-    assert "argument --max-buffer-gb: invalid" in capsys.readouterr().err
+    assert "argument --max-buffer-gb: " in capsys.readouterr().err
 
 
 def test_json_that_is_nested_too_deeply_is_refused(tmp_path: Path):

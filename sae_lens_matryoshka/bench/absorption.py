@@ -79,7 +79,7 @@ class Absorption(Evaluation[AbsorptionEvalConfig]):
         if max_words is not None and max_words < FEWEST_WORDS:
             raise UserError(
                 f"max_words={max_words} must be {FEWEST_WORDS} or more, {FEWEST_OF_A_LETTER} a letter, since each "
-                "letter has a probe; leave it out for all words."
+                "letter has a probe (--absorption-max-words); leave it out for all words."
             )
         if self.config.prompt_token_pos >= 0:
             raise UserError(
@@ -228,7 +228,7 @@ class Absorption(Evaluation[AbsorptionEvalConfig]):
         config, found = self.config, self._told(letters)
         if len(found) < config.min_feats_for_eval:
             raise UserError(
-                f"Only {len(found)} first letters can be told from the model's activations with F1 above "
+                f"No more than {len(found)} first letters can be told from the model's activations with F1 above "
                 f"min_GT_probe_f1={config.min_GT_probe_f1}, fewer than min_feats_for_eval={config.min_feats_for_eval} "
                 f"({len(letters.train_labels)} words to train on, mean F1 {statistics.mean(letters.f1.values()):.2f}); "
                 "use more words, a larger model, or lower them in the config."

@@ -1,6 +1,7 @@
 """Values of the command line's arguments."""
 
 import math
+from argparse import ArgumentTypeError
 
 from sae_lens_matryoshka.errors import UserError
 
@@ -9,11 +10,14 @@ def finite_number(text: str) -> float:
     """A number of the command line that is neither infinite nor NaN.
 
     Raises:
-        ValueError: If it is none.
+        ArgumentTypeError: If it is none.
     """
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
     if not math.isfinite(number):
-        raise ValueError(text)
+        raise ArgumentTypeError(f"{text!r} is no finite number")
     return number
 
 
@@ -21,12 +25,11 @@ def positive_count(text: str) -> int:
     """A whole number of the command line above 0.
 
     Raises:
-        ValueError: If it is none.
+        ArgumentTypeError: If it is none.
     """
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
+    if not text.replace("_", "").isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is no whole number above 0, as 50_000")
+    return int(text)
 
 
 def parse_widths(text: str) -> list[int]:

@@ -94,7 +94,7 @@ def add_to(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--baselines", action=argparse.BooleanOptionalAction, default=True,
-        help="evaluate beside each SAE one with random directions and the same L0, in probing and core (default: on)",
+        help="evaluate beside each SAE one of random directions and much the same L0, in probing, core (default: on)",
     )  # fmt: skip
     parser.add_argument("--text", metavar="FILE|DIR|NAME", help="text for core (default: Skylion007/openwebtext)")
     parser.add_argument(

@@ -49,7 +49,7 @@ def look_at_activations(run: Mapping[str, Any], n_samples: int = 50_000, trust_r
     runner = language_model_runner(cfg, CheckpointOptions(exact=False))
     tokenizer: Any = runner.model.tokenizer
     running: dict[str, RunningProfile] = {}
-    with tqdm(total=n_samples, desc="Looking at activations", unit="token", mininterval=2) as progress:
+    with tqdm(total=n_samples, desc="Looking at activations", unit=" tokens", unit_scale=True) as progress:
         for tokens, by_hook in _batches(runner):
             for hook, activations in by_hook.items():
                 try:

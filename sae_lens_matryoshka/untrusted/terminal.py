@@ -1,11 +1,15 @@
 """Printing text that may be somebody else's: as text, never as markup, and never as orders to the terminal."""
 
 import logging
+import os
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 from typing_extensions import override
+
+COLUMNS_ELSEWHERE = 160
+"""How wide tables may be where there is no terminal: rich would take 80, and cut numbers off."""
 
 
 def printable(text: str) -> str:
@@ -26,6 +30,8 @@ class PlainConsole(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
+        if not self.is_terminal and "COLUMNS" not in os.environ:
+            self.width = COLUMNS_ELSEWHERE
 
     @override
     def render_str(self, text: str, **options: Any) -> Text:
