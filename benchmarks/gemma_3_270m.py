@@ -65,6 +65,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_000_000, help="activations to cache")
     parser.add_argument("--training-tokens", type=int, default=2_000_000)
     parser.add_argument("--probing", type=Path, help="folder of labelled text")
+    parser.add_argument("--evals", default="sparse_probing,core")
+    parser.add_argument("--limit-texts", type=int, default=100, help="of each class, to train and to test on")
     parser.add_argument("step", choices=["train", "evaluate", "tables"])
     options = parser.parse_args()
     {"train": train_all, "evaluate": evaluate_all, "tables": write_tables}[options.step](options)
@@ -90,9 +92,9 @@ def evaluate_all(options: argparse.Namespace) -> None:
     saes = [f"{name.replace(', ', ' ').replace(' ', '_')}={_folder(options, name)}" for name in _trained(options)]
     data = [f"--data={path.stem}={path}" for path in sorted(options.probing.glob("*.jsonl"))]
     command = [sys.executable, "-m", "sae_lens_matryoshka", "evaluate", *saes, *data, f"--text={options.text}"]
-    command += ["--model", str(options.model), "--hook", "blocks.9.hook_out", "--dtype", "bfloat16"]
+    command += ["--model", str(options.model), "--dtype", "bfloat16"]
     command += ["--output", str(options.work / "evaluations"), "--cache", str(options.work / "probing-cache")]
-    subprocess.run([*command, "--evals", "sparse_probing,core", "--limit-texts", "200"], check=True)
+    subprocess.run([*command, "--evals", options.evals, "--limit-texts", str(options.limit_texts)], check=True)
 
 
 def write_tables(options: argparse.Namespace) -> None:
