@@ -27,7 +27,7 @@ from torch import Tensor
 from sae_lens_matryoshka.activation_cache.batches import ShuffledBatches, held_out_batches
 from sae_lens_matryoshka.activation_cache.cache import ActivationCache
 from sae_lens_matryoshka.activation_cache.manifest import shard_path
-from sae_lens_matryoshka.activation_cache.shards import map_shard
+from sae_lens_matryoshka.activation_cache.shards import MappedShard
 from sae_lens_matryoshka.registration import register
 from sae_lens_matryoshka.run_files.building import build_runner_configs
 from sae_lens_matryoshka.run_files.reading import read_run_file
@@ -138,7 +138,7 @@ def cold(cache: ActivationCache, hook: str, batch_size: int, is_sparsely_read: b
         descriptor = os.open(shard_path(cache.folder, number), os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
-    cache._shards = [map_shard(shard_path(cache.folder, number), is_sparsely_read) for number in numbers]
+    cache._shards = [MappedShard(shard_path(cache.folder, number), is_sparsely_read) for number in numbers]
     seconds = []
     for _ in range(5):
         rows = torch.randint(cache.n_rows, (batch_size,)).sort().values

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sae_lens_matryoshka.activation_cache.made_from import differences, made_from
 from sae_lens_matryoshka.activation_cache.manifest import DTYPES, Manifest, read_manifest, shard_path
-from sae_lens_matryoshka.activation_cache.shards import KEPT, TOKENS, check_shard, map_shard
+from sae_lens_matryoshka.activation_cache.shards import KEPT, TOKENS, MappedShard, check_shard
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.run_files.building import LanguageModelRunConfig
 from sae_lens_matryoshka.saved.fingerprints import content_hash, file_hash
@@ -54,7 +54,7 @@ class ActivationCache:
             )
         check_shards(folder, self.manifest, compared_bytes)
         is_large = sum(shard.n_bytes for shard in self.manifest.shards) > _memory_bytes() / 2
-        self._shards = [map_shard(shard_path(folder, n), is_large) for n in range(len(self.manifest.shards))]
+        self._shards = [MappedShard(shard_path(folder, n), is_large) for n in range(len(self.manifest.shards))]
         self._ends = torch.tensor(list(accumulate(shard.n_rows for shard in self.manifest.shards)))
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="activations")
 
@@ -115,7 +115,8 @@ class ActivationCache:
             rows: The rows, in ascending order.
 
         Returns:
-            What waits for them and returns the activations of each hook, (batch, d_in), in the cache's type.
+            What waits for them and returns the activations of each hook, (batch, d_in), in the cache's type; a shard
+            that has been cut off meanwhile is a UserError.
         """
         dtype = DTYPES[self.manifest.dtype]
         batch = {hook: torch.empty(len(rows), self.manifest.d_in[hook], dtype=dtype) for hook in hooks}
@@ -125,7 +126,7 @@ class ActivationCache:
             if begin < end:
                 within = rows[begin:end] - (int(self._ends[number - 1]) if number else 0)
                 tasks += [
-                    self._pool.submit(_copy, self._shards[number][hook], within, batch[hook][begin:end])
+                    self._pool.submit(_copy, self._shards[number], hook, within, batch[hook][begin:end])
                     for hook in hooks
                 ]
 
@@ -202,8 +203,8 @@ def check_shards(folder: Path, manifest: Manifest, compared_bytes: float) -> Non
     )
 
 
-def _copy(source: Tensor, rows: Tensor, target: Tensor) -> None:
-    torch.index_select(source, 0, rows, out=target)
+def _copy(shard: MappedShard, hook: str, rows: Tensor, target: Tensor) -> None:
+    torch.index_select(shard[hook], 0, rows, out=target)
 
 
 def _memory_bytes() -> float:

@@ -82,7 +82,7 @@ def check_shard(folder: Path, number: int, manifest: Manifest) -> None:
         raise UserError(f"{path} cannot be read ({error})") from error
 
 
-def map_shard(path: Path, is_sparsely_read: bool = False) -> dict[str, Tensor]:
+class MappedShard:
     """The tensors of a shard as they lie in its file: pages are read when they are touched.
 
     safetensors maps files too, but gives nobody the mapping, and the system reads 128 kB around every page that is
@@ -92,19 +92,36 @@ def map_shard(path: Path, is_sparsely_read: bool = False) -> dict[str, Tensor]:
         path: The file, which :func:`check_shard` has looked at.
         is_sparsely_read: Whether only what is touched should be read.
     """
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # writable for torch; nothing is written
-    if is_sparsely_read and hasattr(mmap, "MADV_RANDOM"):
-        mapped.madvise(mmap.MADV_RANDOM)
-    n_header = int.from_bytes(mapped[:8], "little")
-    header: dict[str, Any] = json.loads(mapped[8 : 8 + n_header])
-    return {
-        name: torch.frombuffer(
-            mapped,
-            dtype=_TYPES[part["dtype"]],
-            offset=8 + n_header + part["data_offsets"][0],
-            count=part["shape"][0] * part["shape"][1],
-        ).view(part["shape"])
-        for name, part in header.items()
-        if name != "__metadata__"
-    }
+
+    def __init__(self, path: Path, is_sparsely_read: bool = False) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # writable for torch; nothing is written
+        if is_sparsely_read and hasattr(mmap, "MADV_RANDOM"):
+            mapped.madvise(mmap.MADV_RANDOM)
+        n_header = int.from_bytes(mapped[:8], "little")
+        header: dict[str, Any] = json.loads(mapped[8 : 8 + n_header])
+        self._mapped = mapped
+        self._tensors = {
+            name: torch.frombuffer(
+                mapped,
+                dtype=_TYPES[part["dtype"]],
+                offset=8 + n_header + part["data_offsets"][0],
+                count=part["shape"][0] * part["shape"][1],
+            ).view(part["shape"])
+            for name, part in header.items()
+            if name != "__metadata__"
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A tensor, to be read at once: what is read of a file that has been cut off meanwhile kills the process.
+
+        Raises:
+            UserError: If the file has been cut off by now.
+        """
+        if self._mapped.size() < len(self._mapped):  # the size of the file, asked of the system in a microsecond
+            raise UserError(
+                f"{self.path} has been cut off to {self._mapped.size():,} bytes of {len(self._mapped):,} while it was "
+                f"read; copy the activation cache again, or remove it and cache anew"
+            )
+        return self._tensors[name]
