@@ -103,6 +103,16 @@ def test_outputs_do_not_lie_in_each_other(tmp_path: Path):
         _write(inner, "after it")
 
 
+@pytest.mark.parametrize("name", ["afile/out", "afile/deep/out", "/proc/out", "/proc/deep/out"])
+def test_an_output_where_nothing_can_be_made_is_one_sentence(tmp_path: Path, name: str):
+    if name.startswith("/proc") and not Path("/proc/self").exists():
+        pytest.skip("there is no /proc here")
+    (tmp_path / "afile").touch()
+    why = "afile is a file" if "afile" in name else "No such file or directory"
+    with pytest.raises(UserError, match=rf"The output {tmp_path / name} cannot be made \(.*{why}\); choose another"):
+        _write(tmp_path / name, "first")
+
+
 def test_after_an_error_the_old_output_stands_and_what_was_trained_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):

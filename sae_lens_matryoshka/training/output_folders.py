@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
-from sae_lens_matryoshka.errors import UserError, listed
+from sae_lens_matryoshka.errors import ConfigError, UserError, listed
 from sae_lens_matryoshka.saved.level_figures import LEVELS_FILENAME
 from sae_lens_matryoshka.training.resuming.manifest import MANIFEST_FILENAME
 from sae_lens_matryoshka.untrusted.bounded import load_json
@@ -35,6 +35,20 @@ CALIBRATING_PREFIX = ".calibrating-"
 """Begins the names of folders that only a killed run leaves in its output."""
 
 _CALIBRATING = re.compile(re.escape(CALIBRATING_PREFIX) + "[a-z0-9_]{8}")
+
+
+def output_folder(output: str | Path) -> Path:
+    """The folder that an output names, which need not be there, nor need the folders on the way to it.
+
+    Raises:
+        ConfigError: If its name leads nowhere: links in a circle, the home of nobody.
+    """
+    try:
+        path = Path(output).expanduser()
+        resolved = path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"The output {output} cannot be used: {error}.") from error
+    return resolved if ".." in path.parts else path
 
 
 @contextmanager
@@ -76,9 +90,8 @@ def output_lock(output: Path) -> Iterator[None]:
         output: The folder, which need not be there.
 
     Raises:
-        UserError: If another run is writing there.
+        UserError: If another run is writing there, or the folder that it lies in cannot be made or written.
         FileExistsError: If it lies in the output of another run.
-        OSError: If the folder that it lies in cannot be written.
     """
     output = output.resolve()
     for parent in output.parents:  # before anything is made there, which another run would find in its output
@@ -86,12 +99,17 @@ def output_lock(output: Path) -> Iterator[None]:
             raise FileExistsError(
                 f"The output {output} lies in {parent}, the output of another run; choose a folder beside it."
             )
-    output.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(_lock_file(output), is_singleton=True)
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _lock_file(output).touch()  # filelock takes some folders that nothing can be made in for a lock that is held
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"Another run is writing to {output}; choose another folder, or wait for it to end.") from None
+    except OSError as error:
+        file = next((parent for parent in output.parents if parent.exists() and not parent.is_dir()), None)
+        why = f"{file} is a file" if file else error.strerror or error
+        raise UserError(f"The output {output} cannot be made ({why}); choose another folder with --output.") from error
     try:
         yield
     finally:

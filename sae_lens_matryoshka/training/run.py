@@ -41,6 +41,7 @@ from sae_lens_matryoshka.training.output_folders import (
     SCORES_FILENAME,
     check_apart,
     check_output,
+    output_folder,
     output_lock,
     staged_folder,
 )
@@ -216,12 +217,7 @@ def _runner(
 def _output_path(output: str | Path | None) -> Path:
     if not output:
         raise ConfigError(f"output_path={output!r}: train writes what it has trained; name a folder.")
-    path = Path(output).expanduser()
-    try:
-        resolved = path.resolve()
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(f"The output {output} cannot be used: {error}.") from error
-    return resolved if ".." in path.parts else path  # a folder on the way there need not exist
+    return output_folder(output)
 
 
 def _record_output_path(staging: Path, output: Path) -> None:
