@@ -2,6 +2,9 @@
 
 import io
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +36,21 @@ QUICK = [
 def _train(*arguments: str) -> int:
     settings = [part for setting in QUICK for part in ("--set", setting)]
     return main(["train", *settings, "--calibration-samples", "2000", "--measure-samples", "2000", *arguments])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_the_very_end_is_quiet(tmp_path: Path, number: signal.Signals):
+    program = f"""
+import atexit, os, sys
+sys.argv = ["sae-lens-matryoshka", "inspect", "nothing"]
+from sae_lens_matryoshka.cli.command_line import main
+atexit.register(os.kill, os.getpid(), {int(number)})
+sys.exit(main())
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_train_ends_with_tables_and_where_the_saes_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,9 +1,12 @@
 """Parsing the command line, running the command it names, and what is said when that fails."""
 
 import argparse
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 
 from sae_lens_matryoshka.cli import cache, evaluate, inspect, look_at_activations, push, saelens, train
@@ -18,10 +21,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 1 or 2 the user can mend it, 130 interrupted.
 
     Args:
-        arguments: The arguments after the program's name; None takes those of the process.
+        arguments: The arguments after the program's name; None takes those of the process, which is then to end.
     """
+    if arguments is not None:
+        return _run(arguments)
+    code = _run(sys.argv[1:])
+    # what torch and others do when a process ends would make a traceback of a second Ctrl-C
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(code))
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
-        options = _parse(sys.argv[1:] if arguments is None else list(arguments))
+        options = _parse(list(arguments))
         if not table_is_current():
             load_saelens()
         options.run(options)
