@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
+from datasets import Dataset, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens import ActivationsStore
@@ -23,9 +25,11 @@ from sae_lens_matryoshka.activation_cache.shards import write_shard
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.run_files.building import build_runner_configs
 from sae_lens_matryoshka.text.data_set import open_data_set
+from sae_lens_matryoshka.training import caching
 from sae_lens_matryoshka.training.caching import cache_activations
 from sae_lens_matryoshka.training.options import CheckpointOptions
 from sae_lens_matryoshka.training.run import train
+from tests import processes
 from tests.conftest import real_model
 from tests.tiny_runs import tiny_multi_run, tiny_run, tiny_sae
 
@@ -354,6 +358,101 @@ def test_model_and_text_go_by_their_contents(tinystories: Path, tmp_path: Path, 
     assert differ != ActivationCache(cached).manifest.made_from["dataset_content"]
 
 
+def _write_text(file: Path, text: str) -> None:
+    if file.suffix == ".arrow":
+        table = pa.table({"text": [text]})
+        with pa.OSFile(str(file), "wb") as out, pa.ipc.new_stream(out, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        file.write_text(f"{json.dumps({'text': text})}\n" if file.suffix == ".jsonl" else f"{text}\n")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cache-stories.jsonl", "cache-stories.arrow", "below/cache-stories.txt", ".stories.jsonl", ".cache/stories.jsonl"],
+)
+def test_a_text_that_is_read_counts_whatever_its_name(tinystories: Path, tmp_path: Path, name: str):
+    file = tmp_path / "data" / name
+    file.parent.mkdir(parents=True)
+    cfg: Any = build_runner_configs(tiny_run(tinystories, None, dataset_path=str(tmp_path / "data"), streaming=True))
+    _write_text(tmp_path / "data" / f"stories{file.suffix}", "Once upon a time.")
+    before = made_from(cfg)
+    _write_text(file, "A cat.")
+    dataset: Any = open_data_set(cfg)
+    is_read = "A cat." in [row["text"] for row in dataset]
+    assert is_read != name.startswith(".")
+    assert (made_from(cfg) != before) == is_read
+
+
+def test_what_the_package_datasets_leaves_does_not_count(tinystories: Path, tmp_path: Path):
+    folder = tmp_path / "saved"
+    Dataset.from_dict({"text": ["Once upon a time."]}).save_to_disk(folder)
+    cfg: Any = build_runner_configs(tiny_run(tinystories, None, dataset_path=str(folder)))
+    before = made_from(cfg)
+    load_from_disk(folder).map(lambda row: {"text": row["text"] * 2})
+    assert list(folder.glob("cache-*.arrow"))
+    (folder / "stories.lock").touch()
+    assert made_from(cfg) == before
+
+
+def test_code_that_comes_with_a_model_counts(tinystories: Path, tmp_path: Path):
+    cfg: Any = build_runner_configs(tiny_run(tinystories, None, model_name=str(tmp_path)))
+    before = made_from(cfg)
+    (tmp_path / "modeling_ours.py").write_text("scale = 2\n")
+    assert made_from(cfg) != before
+
+
+@pytest.mark.parametrize("name", ["data", "data/deep/cache", "model", "model/cache", "."])
+def test_no_cache_is_written_into_what_it_is_made_of(tinystories: Path, tmp_path: Path, name: str):
+    inputs = tmp_path / "inputs"
+    for source in ("data", "model"):
+        shutil.copytree(tinystories / source, inputs / source)
+    (tmp_path / "link").symlink_to(inputs)
+    run = tiny_run(tinystories, None, model_name=str(inputs / "model"), dataset_path=str(inputs / "data"))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"(dataset_path|model_name)='.*' lie one in the other, .*; choose a folder"):
+        cache_activations(run, tmp_path / "link" / name)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert cache_activations(run, inputs / "cache", tokens=100).n_rows
+
+
+@pytest.mark.parametrize("changes", [{}, {"seqpos_slice": [0, 60, 20]}], ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_room_that_is_asked_for_is_what_is_taken(
+    tinystories: Path, tmp_path: Path, dtype: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[int] = []
+    monkeypatch.setattr(caching, "_check_room", lambda _, n_bytes: asked.append(n_bytes))
+    run = tiny_run(tinystories, None, n_batches_in_buffer=99, **changes)
+    folder = cache_activations(run, tmp_path / "cache", tokens=1000, dtype=dtype).folder
+    taken = sum(path.stat().st_size for path in folder.iterdir())
+    assert taken < asked[0] < taken + 150_000
+
+
+def test_a_shard_that_is_cut_off_while_it_is_read_is_one_sentence(tmp_path: Path, cached: Path):
+    cache = shutil.copytree(cached, tmp_path / "cache")
+    program = f"""
+import os
+from pathlib import Path
+import torch
+from sae_lens_matryoshka.activation_cache.cache import ActivationCache
+from sae_lens_matryoshka.errors import UserError
+
+cache = ActivationCache(Path({str(cache)!r}))
+read = lambda: cache.begin_reading(["model.layers.2"], torch.arange(cache.n_rows))()
+read()
+os.truncate(cache.folder / "shard-00001.safetensors", 1000)
+for again in (read, lambda: cache.text_of(cache.n_rows // 2)):
+    try:
+        again()
+    except UserError as error:
+        print(error)
+"""
+    done = processes.run(program, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("shard-00001.safetensors has been cut off to 1,000 bytes of") == 2
+
+
 def test_options_that_a_cache_does_not_use_are_refused(tinystories: Path, tmp_path: Path, cached: Path):
     run, out = tiny_run(tinystories, None), tmp_path / "out"
     for options in (CheckpointOptions(exact=False), CheckpointOptions(max_buffer_bytes=5)):
@@ -384,7 +483,7 @@ def test_options_that_a_cache_does_not_use_are_refused(tinystories: Path, tmp_pa
     [
         ({"context_size": 32}, {}, "context_size=32, not 64"),
         ({}, {"dtype": "float32"}, "--dtype float32, not bfloat16"),
-        ({}, {"tokens": 5000}, "5,000 activations, not 4,000"),
+        ({}, {"tokens": 5000}, r"5,000 activations, not 4,0\d\d"),
         ({"hook_name": "model.layers.1"}, {}, "hook 'model.layers.1', which is not among"),
     ],
     ids=str,
@@ -395,7 +494,10 @@ def test_another_runs_cache_is_not_touched(
     before = {path: path.stat().st_mtime_ns for path in cached.iterdir()}
     with pytest.raises(UserError, match=expected):
         cache_activations(tiny_run(tinystories, None, **changes), cached, **{**SMALL, **options})
-    assert cache_activations(tiny_run(tinystories, None), cached, tokens=3000).was_finished
+    n_rows = ActivationCache(cached).n_rows
+    assert n_rows > SMALL["tokens"]
+    for tokens in (3000, n_rows):
+        assert cache_activations(tiny_run(tinystories, None), cached, tokens=tokens).was_finished
     assert {path: path.stat().st_mtime_ns for path in cached.iterdir()} == before
 
 
@@ -407,8 +509,11 @@ def test_what_cannot_be_cached_is_one_sentence(
     (tmp_path / "notes" / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty and no activation cache"):
         cache_activations(run, tmp_path / "notes")
-    with pytest.raises(UserError, match=r"would take 1,280,000\.0 GB, but .* GB are free"):
+    with pytest.raises(UserError, match=r"would take 1\.33PB, but [\d.]+[MGT]B are free"):
         cache_activations(run, tmp_path / "huge", tokens=10**13)
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(UserError, match="circle cannot be used"):
+        cache_activations(run, tmp_path / "circle")
     with pytest.raises(UserError, match="--dtype 'int8' must be one of"):
         cache_activations(run, tmp_path / "int8", dtype="int8")
     with pytest.raises(UserError, match="leaves out all of the"):

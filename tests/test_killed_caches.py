@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,35 @@ def test_a_cache_killed_at_random_moments_is_the_same_bytes(
     assert "Already done" in processes.run(command, tmp_path).stdout
 
 
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]], ids=str)
+def test_what_is_asked_to_stop_ends_quietly_also_when_it_is_asked_again(
+    tinystories: Path, tmp_path: Path, signals: list[signal.Signals]
+):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny_run(tinystories, None)))
+    command = ["cache", str(tmp_path / "run.yaml"), "--output", str(tmp_path / "cache"), "--tokens", "50000"]
+    # and once more at the very end, in the midst of what other packages do then
+    program = f"""
+import atexit, os, signal, sys
+from sae_lens_matryoshka.cli.command_line import main
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+sys.argv[1:] = {[*command, "--shard-mb", "1"]}
+sys.exit(main())
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not _n_shards(tmp_path / "cache"):
+        time.sleep(0.01)
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.002)
+    _, stderr = process.communicate()
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert "activations in complete shards" in stderr
+    assert stderr.endswith("Interrupted.\n")
+    if len(signals) == 1:  # a second one stops at once
+        assert _n_shards(tmp_path / "cache") == len(list((tmp_path / "cache").glob("shard-*")))
+
+
 def test_ctrl_c_says_how_to_go_on(tinystories: Path, tmp_path: Path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny_run(tinystories, None)))
     command = ["cache", str(tmp_path / "run.yaml"), "--output", str(tmp_path / "cache"), "--tokens", "50000"]
@@ -86,6 +117,7 @@ def test_ctrl_c_says_how_to_go_on(tinystories: Path, tmp_path: Path):
         cache_activations(two_hooks, tmp_path / "cache", tokens=50_000, shard_bytes=2**20)
     # what is there can be made do with, also where nothing else is left
     [position] = (tmp_path / "cache").glob("position-*/activations_store_position.json")
+    assert sum(path.stat().st_size for path in position.parent.iterdir()) < 2**16
     position.write_text(position.read_text().replace("1", "2"))
     with pytest.raises(ValueError, match=r"position in the text is damaged .* by --tokens \d+"):
         cache_activations(tiny_run(tinystories, None), tmp_path / "cache", tokens=50_000, shard_bytes=2**20)

@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Collection, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from datasets.config import DATASET_STATE_JSON_FILENAME
 from huggingface_hub import try_to_load_from_cache
 from sae_lens import MultiSAETrainingRunnerConfig
 
+from sae_lens_matryoshka.errors import ConfigError
 from sae_lens_matryoshka.run_files.building import LanguageModelRunConfig
 from sae_lens_matryoshka.saved.fingerprints import content_hash, file_hash
 
@@ -22,7 +25,8 @@ are computed is not among them."""
 _BY_CONTENT = {"model_name": "model_content", "dataset_path": "dataset_content"}
 """Names that stand for what they name, where that is known."""
 
-_MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
+_MODEL_FILES = (".safetensors", ".bin", ".gguf", ".json", ".model", ".tiktoken", ".txt", ".jinja", ".py")
+"""Endings of what decides on a model and its tokenizer: weights, settings, vocabularies, and code that comes along."""
 
 
 def hooks_of(cfg: LanguageModelRunConfig) -> dict[str, dict[str, Any]]:
@@ -110,6 +114,38 @@ def _content(path: Path) -> str | None:
         return file_hash(path)
     if not path.is_dir():
         return None
-    # the package datasets leaves files of its own beside the data
-    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith((".", "cache-")))
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not _is_left_beside(file, path))
     return content_hash([[str(file.relative_to(path)), file_hash(file)] for file in files])
+
+
+def _is_left_beside(file: Path, folder: Path) -> bool:
+    """Whether a file in a data set's folder is never read as data: hidden, a lock, or what the package datasets has
+    computed of a data set that ``save_to_disk`` has left. In any other folder it reads a file of that name.
+    """
+    if any(part.startswith(".") for part in file.relative_to(folder).parts) or file.suffix == ".lock":
+        return True
+    return fnmatch(file.name, "cache-*.arrow") and (file.parent / DATASET_STATE_JSON_FILENAME).is_file()
+
+
+def check_outside_sources(output: Path, cfg: LanguageModelRunConfig) -> None:
+    """Refuse to write into what activations are made from: they would go by other contents afterwards.
+
+    Args:
+        output: The folder to write.
+        cfg: The run's config.
+
+    Raises:
+        ConfigError: If the run's data set or model on this machine lies in it, or it in one of them.
+    """
+    for name in _BY_CONTENT:
+        source = Path(getattr(cfg, name) or "").expanduser()
+        if not getattr(cfg, name) or not source.exists():
+            continue
+        inner, outer = output.resolve(), source.resolve()
+        if outer.is_relative_to(inner):
+            inner, outer = outer, inner
+        if inner.is_relative_to(outer):
+            raise ConfigError(
+                f"The output {output} and {name}={getattr(cfg, name)!r} lie one in the other, but what activations are "
+                f"made from must stay as it is; choose a folder beside it with --output."
+            )

@@ -3,6 +3,7 @@
 The data's way: run file -> SAELens's runner with a store whose position can be taken up again -> sequences, and their
 activations at every hook -> shards. The manifest is written when a shard and the position after it are on disk, so it
 says what there is after any kill; the same command then goes on to the same files, bit for bit on a CPU.
+Ctrl-C and SIGTERM stop it between two batches, and never while a shard is written.
 """
 
 import logging
@@ -21,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_matryoshka.activation_cache.cache import check_shards
-from sae_lens_matryoshka.activation_cache.made_from import differences, hooks_of, made_from
+from sae_lens_matryoshka.activation_cache.made_from import check_outside_sources, differences, hooks_of, made_from
 from sae_lens_matryoshka.activation_cache.manifest import (
     DTYPES,
     MANIFEST_FILENAME,
@@ -36,11 +37,12 @@ from sae_lens_matryoshka.errors import ConfigError, UserError
 from sae_lens_matryoshka.run_files.building import LanguageModelRunConfig, RunnerConfig
 from sae_lens_matryoshka.training.language_model import language_model_runner
 from sae_lens_matryoshka.training.options import CheckpointOptions
-from sae_lens_matryoshka.training.output_folders import output_lock
+from sae_lens_matryoshka.training.output_folders import output_folder, output_lock
 from sae_lens_matryoshka.training.resuming.manifest import find_damage, flush_folder
 from sae_lens_matryoshka.training.resuming.manifest import write_manifest as write_digests
 from sae_lens_matryoshka.training.resuming.resumable_store import ResumableActivationsStore
 from sae_lens_matryoshka.training.run import runner_configs
+from sae_lens_matryoshka.training.stopping import Stopping
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,9 @@ SHARD_BYTES = 128 * 2**20
 """What a shard takes, unless that makes more than :data:`MOST_SHARDS`: what a kill costs at most."""
 
 MOST_SHARDS = 256
+
+_POSITION_BYTES = 64 * 2**10
+"""About what a position in the text takes."""
 
 _OF_WRITING = {
     "store_batch_size_prompts": "store_batch_size_prompts",
@@ -90,9 +95,10 @@ def cache_activations(
             model.
 
     Raises:
-        ConfigError: If the run, an option, the model or the data set cannot be used.
+        ConfigError: If the run, an option, the model or the data set cannot be used, or the output lies in one of them.
         UserError: If the output holds something else, there is no room, or the activations are not finite.
-        KeyboardInterrupt: On Ctrl-C. What is complete stays.
+        KeyboardInterrupt: On Ctrl-C or SIGTERM, after the batch or shard in hand; at once while the model is loaded, or
+            if it is the second. What is complete stays.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype!r} must be one of {', '.join(DTYPES)}.")
@@ -102,28 +108,29 @@ def cache_activations(
     cfg = runner_configs(run, trust_remote_code)
     if isinstance(cfg, dict):
         raise ConfigError("A synthetic model's activations need no cache: they are drawn as they are needed.")
-    folder = Path(output).expanduser().absolute()
+    folder = output_folder(output).absolute()
+    check_outside_sources(folder, cfg)
     wanted = Manifest(made_from(cfg), tokens or cfg.training_tokens, cfg.store_batch_size_prompts, 0, dtype)
     n_bytes = wanted.n_wanted * wanted.row_bytes
     wanted = replace(wanted, shard_bytes=shard_bytes or max(SHARD_BYTES, n_bytes // MOST_SHARDS))
-    with output_lock(folder):
+    with Stopping() as stopping, output_lock(folder):
         manifest = _begun(folder, wanted)
         if manifest.finished:
             check_shards(folder, manifest, float("inf"))
             return CacheResult(folder, manifest.n_rows, was_finished=True)
-        _check_room(folder, (manifest.n_wanted - manifest.n_rows) * manifest.row_bytes)
+        _check_room(folder, _bytes_to_write(cfg, manifest))
         folder.mkdir(parents=True, exist_ok=True)
         write_manifest(folder, manifest)
         try:
             if manifest.n_rows < manifest.n_wanted:
-                manifest = _go_on(cfg, folder, manifest)
+                manifest = _go_on(cfg, folder, manifest, stopping)
             manifest = replace(manifest, finished=True, text_ended=manifest.n_rows < manifest.n_wanted)
             write_manifest(folder, manifest)
             shutil.rmtree(_position(folder, len(manifest.shards)), ignore_errors=True)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"The activation cache {folder} could not be finished ({error}); "
-                f"{shutil.disk_usage(folder).free / 1e9:,.1f} GB are free. The same command goes on with it."
+                f"{_size(shutil.disk_usage(folder).free)} are free. The same command goes on with it."
             ) from error
         except KeyboardInterrupt:
             logger.warning(
@@ -154,8 +161,8 @@ def _begun(folder: Path, wanted: Manifest) -> Manifest:
     if there.dtype != wanted.dtype:
         different.append(f"--dtype {wanted.dtype}, not {there.dtype}")
     if there.finished:  # one that holds more serves as well
-        if there.n_wanted < wanted.n_wanted and not there.text_ended:
-            different.append(f"{wanted.n_wanted:,} activations, not {there.n_wanted:,}")
+        if there.n_rows < wanted.n_wanted and not there.text_ended:
+            different.append(f"{wanted.n_wanted:,} activations, not {there.n_rows:,}")
     else:
         different += [
             f"{called} {getattr(wanted, name):,}, not {getattr(there, name):,}"
@@ -170,17 +177,34 @@ def _begun(folder: Path, wanted: Manifest) -> Manifest:
     return there if there.finished else replace(there, n_wanted=wanted.n_wanted)
 
 
+def _bytes_to_write(cfg: LanguageModelRunConfig, manifest: Manifest) -> int:
+    """What is missing of a cache: activations in whole batches, tokens, which are kept, and two positions for a moment.
+
+    Where tokens are excluded there are more sequences than can be known.
+    """
+    n_kept = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+    batch_rows = cfg.store_batch_size_prompts * n_kept
+    n_batches = -(-(manifest.n_wanted - manifest.n_rows) // batch_rows)
+    sequence_bytes = cfg.context_size * (torch.int32.itemsize + torch.bool.itemsize)
+    batch_bytes = batch_rows * manifest.row_bytes + cfg.store_batch_size_prompts * sequence_bytes
+    return max(0, n_batches) * batch_bytes + 2 * _POSITION_BYTES
+
+
+def _size(n_bytes: int) -> str:
+    return tqdm.format_sizeof(n_bytes, "B")
+
+
 def _check_room(folder: Path, n_bytes: int) -> None:
     beside = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(beside).free
     if n_bytes > free:
         raise UserError(
-            f"The activations would take {n_bytes / 1e9:,.1f} GB, but {free / 1e9:,.1f} GB are free at {beside}; "
+            f"The activations would take {_size(n_bytes)}, but {_size(free)} are free at {beside}; "
             f"choose another disk, or fewer with --tokens."
         )
 
 
-def _go_on(cfg: LanguageModelRunConfig, folder: Path, manifest: Manifest) -> Manifest:
+def _go_on(cfg: LanguageModelRunConfig, folder: Path, manifest: Manifest, stopping: Stopping) -> Manifest:
     store = _store(cfg)
     _take_up(folder, manifest, store)
     begun, n_before = time.perf_counter(), manifest.n_rows
@@ -189,7 +213,7 @@ def _go_on(cfg: LanguageModelRunConfig, folder: Path, manifest: Manifest) -> Man
         total=manifest.n_wanted, initial=n_before, desc="Caching activations", unit=" tokens", unit_scale=True
     ) as progress:
         while manifest.n_rows < manifest.n_wanted:
-            shard = list(_shard(batches, manifest, progress))
+            shard = list(_shard(batches, manifest, progress, stopping))
             if not any(batch.kept.any() for batch in shard):
                 break
             manifest = _add(folder, manifest, shard, store)
@@ -262,10 +286,13 @@ def _batches(store: ResumableActivationsStore, hooks: dict[str, Any], dtype: tor
         yield _Batch({hook: batch[hook].to(dtype) for hook in hooks}, read[0], read[1])
 
 
-def _shard(batches: Iterator[_Batch], manifest: Manifest, progress: "tqdm[Any]") -> Iterator[_Batch]:
+def _shard(
+    batches: Iterator[_Batch], manifest: Manifest, progress: "tqdm[Any]", stopping: Stopping
+) -> Iterator[_Batch]:
     """The batches of the next shard."""
     n_rows = 0
     while manifest.n_rows + n_rows < manifest.n_wanted and n_rows * manifest.row_bytes < manifest.shard_bytes:
+        stopping.check()
         batch = next(batches, None)
         if batch is None:
             return
