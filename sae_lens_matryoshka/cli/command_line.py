@@ -25,13 +25,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is not None:
         return _run(arguments)
-    code = _run(sys.argv[1:])
-    # what torch and others do when a process ends would make a traceback of a second Ctrl-C
+    code = 130
+    with suppress(KeyboardInterrupt):  # a second one, while the first is seen to
+        code = _run(sys.argv[1:])
+    # what torch and others do when a process ends would make a traceback of one more
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(code))
     with suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: os._exit(code))
     return code
 
 
