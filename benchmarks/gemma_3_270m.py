@@ -103,7 +103,7 @@ def write_tables(options: argparse.Namespace) -> None:
     parts = [
         f"Made by `python benchmarks/gemma_3_270m.py`; {machine('cpu')}.",
         _level_tables(figures),
-        _seeds_table(figures),
+        *_seeds_table(figures),
         *_evaluation_tables(options.work / "evaluations"),
     ]
     begin, end = "<!-- results: begin -->", "<!-- results: end -->"
@@ -135,19 +135,18 @@ def _level_tables(figures: dict[str, list[LevelMetrics]]) -> str:
     )
 
 
-def _seeds_table(figures: dict[str, list[LevelMetrics]]) -> str:
+def _seeds_table(figures: dict[str, list[LevelMetrics]]) -> list[str]:
     rows: list[list[str]] = []
     for kind in ("Matryoshka", "BatchTopK"):
         runs = [figures[name] for name in (kind, f"{kind}, seed 1", f"{kind}, seed 2") if name in figures]
-        for levels in zip(*runs, strict=True):
+        for levels in zip(*runs, strict=True) if len(runs) > 1 else ():
             cells = [
                 _spread([getattr(level, field) for level in levels], digits)
                 for field, digits in (("fvu", 3), ("fvu_standardized", 3), ("dead", 0), ("dense", 0))
             ]
             rows.append([kind, f"{levels[0].width:,}", str(len(runs)), *cells])
-    return "### How much seeds differ\n\n" + _markdown(
-        ["SAE", "width", "seeds", "FVU", "FVU, channels alike", "dead", "dense"], rows
-    )
+    header = ["SAE", "width", "seeds", "FVU", "FVU, channels alike", "dead", "dense"]
+    return ["### How much seeds differ\n\n" + _markdown(header, rows)] if rows else []
 
 
 def _evaluation_tables(evaluations: Path) -> list[str]:
@@ -164,6 +163,7 @@ def _evaluation_tables(evaluations: Path) -> list[str]:
             }),
             ("core", "Loss recovered", {"ce_loss_score": "loss recovered"}),
         )
+        if evaluation in set(results["evaluation"])
     ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ PAGES = {
     "Variants": "docs/variants.md",
     "Activations of real models": "docs/activations.md",
     "Evaluating": "docs/evaluating.md",
+    "Gemma 3 270M": "docs/gemma-3-270m.md",
     "Results on TinyStories": "docs/saebench_tinystories.md",
     "Activation caches": "docs/activation-cache.md",
     "Benchmarks": "benchmarks/README.md",
