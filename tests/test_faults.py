@@ -97,7 +97,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(tin
     run = tiny_run(tinystories, tmp_path / "file" / "checkpoints", model_name="nobody/nothing")
     with pytest.raises(UserError, match=r"Checkpoints cannot be written to .*; choose another folder with --set"):
         train(run, output=tmp_path / "out", **SAMPLES)
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(UserError, match=r"/file is a file\); choose another folder with --output"):
         train(tiny_run(tinystories, None, model_name="nobody/nothing"), output=tmp_path / "file" / "out")
 
 

@@ -228,8 +228,8 @@ class Absorption(Evaluation[AbsorptionEvalConfig]):
         config, found = self.config, self._told(letters)
         if len(found) < config.min_feats_for_eval:
             raise UserError(
-                f"No more than {len(found)} first letters can be told from the model's activations with F1 above "
-                f"min_GT_probe_f1={config.min_GT_probe_f1}, fewer than min_feats_for_eval={config.min_feats_for_eval} "
+                f"First letters that can be told from the model's activations with F1 above min_GT_probe_f1="
+                f"{config.min_GT_probe_f1}: {len(found)}, fewer than min_feats_for_eval={config.min_feats_for_eval} "
                 f"({len(letters.train_labels)} words to train on, mean F1 {statistics.mean(letters.f1.values()):.2f}); "
                 "use more words, a larger model, or lower them in the config."
             )

@@ -102,7 +102,10 @@ def output_lock(output: Path) -> Iterator[None]:
     lock = FileLock(_lock_file(output), is_singleton=True)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _lock_file(output).touch()  # filelock takes some folders that nothing can be made in for a lock that is held
+        if not _lock_file(output).exists():  # which a finished run leaves as it was
+            _lock_file(
+                output
+            ).touch()  # filelock takes some folders that nothing can be made in for a lock that is held
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"Another run is writing to {output}; choose another folder, or wait for it to end.") from None

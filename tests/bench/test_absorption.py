@@ -101,6 +101,6 @@ def test_too_few_letters_are_said_before_an_sae_is_looked_at(
 ):
     monkeypatch.setattr(upstream.k_sparse_probing, "train_k_sparse_probes", None)
     with pytest.raises(
-        UserError, match=r"Only \d+ first letters .* fewer than min_feats_for_eval=26 .*mean F1 0\.\d\d"
+        UserError, match=r"First letters that can be told .*: \d+, fewer than min_feats_for_eval=26 .*mean F1 0\.\d\d"
     ):
         Absorption(_config(min_feats_for_eval=26, min_GT_probe_f1=0.9)).run(levels("ours", sae, [-1]), source, tmp_path)
