@@ -1,9 +1,26 @@
-"""Values of the command line's arguments."""
+"""Arguments that several commands take, and the values of arguments."""
 
+import argparse
 import math
 from argparse import ArgumentTypeError
 
 from sae_lens_matryoshka.errors import UserError
+
+
+def add_run_file_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what changes a run file, and what it may do, to a command that takes one."""
+    parser.add_argument(
+        "--set", dest="settings", action="append", default=[], metavar="KEY.SUB=VALUE",
+        help="change a field, repeatable; one of several SAEs goes by its name: saes.NAME.k=40",
+    )  # fmt: skip
+    parser.add_argument(
+        "--unset", action="append", default=[], metavar="KEY.SUB",
+        help="take a field out of the run file, before --set, repeatable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--trust-remote-code", action="store_true",
+        help="let the run file's trust_remote_code run code that comes with a model or data set",
+    )  # fmt: skip
 
 
 def finite_number(text: str) -> float:

@@ -3,9 +3,9 @@
 import argparse
 from typing import Any
 
-from sae_lens_matryoshka.cli.arguments import positive_count
+from sae_lens_matryoshka.cli.arguments import add_run_file_arguments, positive_count
 from sae_lens_matryoshka.cli.loading import load_saelens
-from sae_lens_matryoshka.cli.train import add_run_file_arguments, progress_messages
+from sae_lens_matryoshka.cli.progress import progress_messages
 from sae_lens_matryoshka.run_files.checking import check_run_file
 from sae_lens_matryoshka.run_files.reading import read_run_file
 from sae_lens_matryoshka.untrusted.terminal import PlainConsole

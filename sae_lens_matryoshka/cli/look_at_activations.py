@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from sae_lens_matryoshka.cli.arguments import positive_count
+from sae_lens_matryoshka.cli.arguments import add_run_file_arguments, positive_count
 from sae_lens_matryoshka.cli.loading import load_saelens
-from sae_lens_matryoshka.cli.train import add_run_file_arguments
 from sae_lens_matryoshka.normalization import CHANNEL_STANDARDIZATION, COVARIANCE_WHITENING
-from sae_lens_matryoshka.run_files.checking import check_run_file
+from sae_lens_matryoshka.run_files.checking import ONE_LEVEL_TWINS, check_run_file
 from sae_lens_matryoshka.run_files.reading import read_run_file
 from sae_lens_matryoshka.untrusted.terminal import PlainConsole
 
@@ -19,9 +18,6 @@ if TYPE_CHECKING:
 
 OF_EACH_CHANNEL = (CHANNEL_STANDARDIZATION, COVARIANCE_WHITENING)
 """Normalizations after which no channel has more variance than another."""
-
-KINDS_OF_OURS = ("matryoshka", "matryoshka_topk", "matryoshka_jumprelu", "matryoshka_standard")
-"""Architectures that can be trained on standardized channels."""
 
 MOST_TOKENS = 8
 """How many tokens of a kind are listed."""
@@ -77,7 +73,7 @@ def advice(profile: "ActivationProfile", saes: "list[dict[str, Any]]", run: Mapp
         channel, share = profile.dominating_channel
         reasons = [f"channel {channel} has {share:.0%} of the variance"]
         if not normalizations <= set(OF_EACH_CHANNEL):
-            ours = any(sae["architecture"] in KINDS_OF_OURS for sae in saes)
+            ours = any(sae["architecture"] in ONE_LEVEL_TWINS.values() for sae in saes)
             settings.append(f"sae.normalize_activations={CHANNEL_STANDARDIZATION if ours else COVARIANCE_WHITENING}")
     if profile.special_are_extreme:
         reasons.append("activations at special tokens are far from all others")

@@ -4,12 +4,15 @@ tqdm draws a bar when it is moved, so that one which waits for a slow step stand
 it writes every move into the same endless line. All bars of the process are meant: ours, SAELens's and SAEBench's.
 """
 
+import logging
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+
+from sae_lens_matryoshka.untrusted.terminal import PlainFormatter
 
 SECONDS_ON_A_TERMINAL = 2.0
 SECONDS_ELSEWHERE = 30.0
@@ -99,3 +102,21 @@ def _bars_as_lines() -> Iterator[None]:
         yield
     finally:
         tqdm.display, tqdm.clear = originals
+
+
+@contextmanager
+def progress_messages() -> Iterator[None]:
+    """Show this package's messages beside the progress bars; SAELens's own say no more than it lets them."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    package, handler = logging.getLogger("sae_lens_matryoshka"), logging.StreamHandler()
+    handler.setFormatter(PlainFormatter())
+    level = package.level
+    package.setLevel(logging.INFO)
+    package.addHandler(handler)
+    try:
+        with logging_redirect_tqdm([package]):
+            yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)

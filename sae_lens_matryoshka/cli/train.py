@@ -1,21 +1,19 @@
 """``train``: a run file and what the command line changes of it, to trained SAEs and tables of their levels."""
 
 import argparse
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from sae_lens_matryoshka.cli.arguments import finite_number, positive_count
+from sae_lens_matryoshka.cli.arguments import add_run_file_arguments, finite_number, positive_count
 from sae_lens_matryoshka.cli.loading import load_saelens
+from sae_lens_matryoshka.cli.progress import progress_messages
 from sae_lens_matryoshka.errors import UserError
 from sae_lens_matryoshka.run_files.checking import check_run_file
 from sae_lens_matryoshka.run_files.reading import read_run_file
 from sae_lens_matryoshka.saved.level_figures import levels_table
 from sae_lens_matryoshka.training.options import CheckpointOptions, check_sample_numbers
-from sae_lens_matryoshka.untrusted.terminal import PlainConsole, PlainFormatter
+from sae_lens_matryoshka.untrusted.terminal import PlainConsole
 
 if TYPE_CHECKING:
     from sae_lens_matryoshka.training.run import TrainResult
@@ -65,22 +63,6 @@ def add_to(commands: Any) -> None:
         help="train from the activations that the command cache has written there, without the language model",
     )  # fmt: skip
     parser.set_defaults(run=run)
-
-
-def add_run_file_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what changes a run file, and what it may do, to a command that takes one."""
-    parser.add_argument(
-        "--set", dest="settings", action="append", default=[], metavar="KEY.SUB=VALUE",
-        help="change a field, repeatable; one of several SAEs goes by its name: saes.NAME.k=40",
-    )  # fmt: skip
-    parser.add_argument(
-        "--unset", action="append", default=[], metavar="KEY.SUB",
-        help="take a field out of the run file, before --set, repeatable",
-    )  # fmt: skip
-    parser.add_argument(
-        "--trust-remote-code", action="store_true",
-        help="let the run file's trust_remote_code run code that comes with a model or data set",
-    )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> None:
@@ -142,21 +124,3 @@ def _show(result: "TrainResult", console: PlainConsole) -> None:
             )  # fmt: skip
         console.print(table)
     console.print(f"{'Already done:' if result.was_finished else 'Saved to'} {result.output}", soft_wrap=True)
-
-
-@contextmanager
-def progress_messages() -> Iterator[None]:
-    """Show this package's messages beside the progress bars; SAELens's own say no more than it lets them."""
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    package, handler = logging.getLogger("sae_lens_matryoshka"), logging.StreamHandler()
-    handler.setFormatter(PlainFormatter())
-    level = package.level
-    package.setLevel(logging.INFO)
-    package.addHandler(handler)
-    try:
-        with logging_redirect_tqdm([package]):
-            yield
-    finally:
-        package.removeHandler(handler)
-        package.setLevel(level)
