@@ -54,6 +54,7 @@ ARCHITECTURES = {
     "ours": "matryoshka",
     "ours, SAELens's Adam": "matryoshka",
     "SAELens matryoshka": "matryoshka_batchtopk",
+    "SAELens matryoshka, compiled": "matryoshka_batchtopk",
     "ours topk": "matryoshka_topk",
     "ours jumprelu": "matryoshka_jumprelu",
     "ours standard": "matryoshka_standard",
@@ -107,6 +108,8 @@ def contender(name: str, shape: Shape, options: Options) -> Step:
     )
     if name.startswith("ours") and "SAELens" not in name:
         fuse_adam(trainer)
+    if name.endswith("compiled"):  # as SAELens's runner does it
+        sae.training_forward_pass = torch.compile(sae.training_forward_pass)  # type: ignore[method-assign]
     dead = torch.randperm(shape.d_sae, device=options.device)[: int(options.dead_share * shape.d_sae)]
 
     def step(x: Tensor) -> None:

@@ -29,6 +29,7 @@ CONTENDERS = [
     "ours",
     "ours, SAELens's Adam",
     "SAELens matryoshka",
+    "SAELens matryoshka, compiled",
     "SAELens batchtopk",
     "dictionary_learning",
     "encoder product",
@@ -54,9 +55,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast, as SAELens's autocast option")
+    parser.add_argument("--tf32", action="store_true", help="matrix products in TF32, on a GPU")
     parser.add_argument("--memory-of", metavar="CONTENDER", help="print one contender's peak extra memory in MB")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    if options.tf32:
+        torch.set_float32_matmul_precision("high")
     if options.memory_of:
         print(peak_extra_memory(options.memory_of, Shape.parse(options.shapes[0]), options.device, options.autocast))
         return

@@ -12,9 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lens_matryoshka.levels import level_of
 from sae_lens_matryoshka.ops.selection import Selection
-from sae_lens_matryoshka.ops.sparse import sampled_products, weighted_row_sums
+from sae_lens_matryoshka.ops.sparse import group_starts, sampled_products, weighted_row_sums
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,10 @@ def lay_out(
     """
     d_sae = widths[-1]
     places = selection.columns if positions is None else positions[selection.columns]
-    level_rows = level_of(places, widths) * batch + selection.rows
+    level = torch.zeros_like(places)
+    for width in widths[:-1]:
+        level += places >= width
+    level_rows = level * batch + selection.rows
     keys, order = (level_rows * d_sae + selection.columns).sort()
     level_rows, columns = keys // d_sae, keys % d_sae
     by_column = columns.argsort(stable=True)
@@ -143,9 +145,9 @@ def lay_out(
         rows=level_rows % batch,
         columns=columns,
         level_rows=level_rows,
-        starts=_starts(level_rows, len(widths) * batch),
+        starts=group_starts(level_rows, len(widths) * batch),
         by_column=by_column,
-        column_starts=_starts(columns, d_sae),
+        column_starts=group_starts(columns[by_column], d_sae),
         hidden_pre=selection.hidden_pre[order],
         scores=selection.scores[order],
         batch=batch,
@@ -157,9 +159,3 @@ def lay_out_dense(batch: int, widths: list[int], order: Int[Tensor, " d_sae"] | 
     """Cut the whole matrix into levels; ``order`` is the latent at each place, None if latents are in their places."""
     own = [slice(start, stop) for start, stop in itertools.pairwise([0, *widths])]
     return DenseLatents(batch, tuple(widths), tuple(own if order is None else (order[places] for places in own)))
-
-
-def _starts(groups: Int[Tensor, " n"], n_groups: int) -> Int[Tensor, " n_groups_plus_1"]:
-    starts = groups.new_zeros(n_groups + 1)
-    starts[1:] = torch.bincount(groups, minlength=n_groups).cumsum(0)
-    return starts

@@ -14,8 +14,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_lens_matryoshka.ops.sparse import group_starts
+
 CHUNK_ELEMENTS = 4 * 2**20
-"""Pre-activations computed at once: 16 MB in float32, few enough to stay in or near the cache."""
+"""Pre-activations computed at once on CPU: 16 MB in float32, few enough to stay in or near the cache."""
+
+GPU_CHUNK_ELEMENTS = 2**27
+"""The same on other devices: 0.5 GB in float32, enough for a product at full speed (benchmarks/README.md)."""
 
 GUESS_MARGIN = 0.95
 """The floor as a share of last step's smallest selected value. That value moves by a few per cent between steps."""
@@ -71,19 +76,21 @@ def select_batch_topk(
     b_enc: Float[Tensor, " d_sae"],
     column_scale: Float[Tensor, " d_sae"] | None,
     n: int,
-    guess: float = 0.0,
+    guess: "float | Float[Tensor, '']" = 0.0,
 ) -> Selection:
     """The ``n`` largest positive scores of a batch; the same as :func:`select_batch_topk_reference`, ties aside.
 
     Under autocast the product is computed in the autocast data type, as SAELens's is. Contiguous columns of ``W_enc``
     are fastest. ``guess`` is the smallest score expected to be selected, for example that of the last step; it affects
-    the speed only.
+    the speed only. (As a tensor, so that a GPU is not waited for.)
     """
-    floor = max(guess * GUESS_MARGIN, 0.0)
-    candidates = _candidates_above(floor, x, W_enc, b_enc, column_scale, n)
-    if floor > 0 and candidates.scores.numel() < n:
-        candidates = _candidates_above(0.0, x, W_enc, b_enc, column_scale, n)
-    return _largest(candidates, n)
+    floor = (torch.as_tensor(guess, device=x.device) * GUESS_MARGIN).clamp(min=0.0)
+    selection = _largest(_candidates_above(floor, x, W_enc, b_enc, column_scale, n), n)
+    # all scores above the floor are among the candidates, so n of them are the n largest
+    complete = selection.scores.numel() == n and (n == 0 or bool((selection.scores.min() > floor) | (floor == 0)))
+    if complete or floor == 0:
+        return selection
+    return _largest(_candidates_above(torch.zeros_like(floor), x, W_enc, b_enc, column_scale, n), n)
 
 
 def select_topk_reference(
@@ -117,7 +124,7 @@ def select_topk(
     b_enc: Float[Tensor, " d_sae"],
     column_scale: Float[Tensor, " d_sae"] | None,
     k: int,
-    guess: float,
+    guess: "float | Float[Tensor, '']",
 ) -> Selection:
     """The ``k`` largest positive scores of each sample; the same as :func:`select_topk_reference`, ties aside.
 
@@ -126,15 +133,16 @@ def select_topk(
     speed only.
     """
     batch = x.shape[0]
+    guess = torch.as_tensor(guess, device=x.device)
     if guess <= 0:  # nearly every positive score would be a candidate
         return _sorted_by_themselves(torch.arange(batch, device=x.device), x, W_enc, b_enc, column_scale, k)
     candidates = _candidates_above(guess, x, W_enc, b_enc, column_scale, batch * W_enc.shape[1])
     by_score = candidates.scores.argsort(descending=True)
     order = by_score[candidates.rows[by_score].argsort(stable=True)]
     rows = candidates.rows[order]
-    n_candidates = torch.bincount(rows, minlength=batch)
-    rank = torch.arange(rows.numel(), device=x.device) - (n_candidates.cumsum(0) - n_candidates)[rows]
-    enough = n_candidates >= k
+    rank = torch.arange(rows.numel(), device=x.device) - group_starts(rows, batch)[rows]
+    above_guess = (candidates.scores > guess).to(rows.dtype)
+    enough = rows.new_zeros(batch).index_add(0, candidates.rows, above_guess) >= k
     kept = order[(rank < k) & enough[rows]]
     found = [Selection(*(values[kept] for values in candidates))]
     short = (~enough).nonzero().squeeze(1)
@@ -148,7 +156,7 @@ def _sorted_by_themselves(
 ) -> Selection:
     """The selection of some samples by sorting all their scores, a few samples at a time."""
     found: list[Selection] = []
-    for rows in samples.split(max(1, CHUNK_ELEMENTS // W_enc.shape[1])):
+    for rows in samples.split(max(1, _chunk_elements(x.device) // W_enc.shape[1])):
         selection = select_topk_reference(x[rows], W_enc, b_enc, column_scale, k)
         found.append(selection._replace(rows=rows[selection.rows]))
     return _concatenated(found)
@@ -197,7 +205,7 @@ def column_products(
     device_type = x.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
     x_cast = x.to(dtype)
-    width = min(d_sae, max(1, CHUNK_ELEMENTS // max(1, batch)))
+    width = min(d_sae, max(1, _chunk_elements(x.device) // max(1, batch)))
     buffer = x.new_empty(batch * width, dtype=dtype)
     for start in range(0, d_sae, width):
         columns = slice(start, min(start + width, d_sae))
@@ -207,30 +215,31 @@ def column_products(
         yield columns, product
 
 
+def _chunk_elements(device: torch.device) -> int:
+    return CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS
+
+
 def _candidates_above(
-    floor: float, x: Tensor, W_enc: Tensor, b_enc: Tensor, column_scale: Tensor | None, n: int
+    floor: Float[Tensor, ""], x: Tensor, W_enc: Tensor, b_enc: Tensor, column_scale: Tensor | None, n: int
 ) -> Selection:
-    """All entries that score above ``floor``, or above a higher one that at least ``n`` entries reach."""
+    """All entries that score above ``floor``, or above a higher one that ``n`` entries reach, and some just below."""
     found: list[Selection] = []
     n_found = 0
     for chunk, product in column_products(x, W_enc):
         bias, scale = b_enc[chunk], None if column_scale is None else column_scale[chunk]
         # Comparing the bare product with a bound a column saves two passes over the chunk. The bound is a little low,
-        # so that rounding cannot lose an entry; the exact comparison follows.
+        # so that rounding cannot lose an entry.
         bound = (floor * (1 - 1e-4)) / scale - bias if scale is not None else floor * (1 - 1e-4) - bias
         above = (product > bound).flatten().nonzero().squeeze(1)
         rows, columns = above // product.shape[1], above % product.shape[1]
         hidden_pre = product.flatten()[above].to(bias.dtype) + bias[columns]
         scores = hidden_pre if scale is None else hidden_pre * scale[columns]
-        kept = scores > floor
-        if not kept.all():
-            rows, columns, hidden_pre, scores = rows[kept], columns[kept], hidden_pre[kept], scores[kept]
         found.append(Selection(rows, columns + chunk.start, hidden_pre, scores))
         n_found += scores.numel()
         if n_found > MOST_CANDIDATES * n:
             found = [_largest(_concatenated(found), n)]
             n_found = found[0].scores.numel()
-            floor = found[0].scores.min().item() if n > 0 else torch.inf
+            floor = found[0].scores.min() if n > 0 else torch.full_like(floor, torch.inf)
     return _concatenated(found)
 
 
