@@ -416,6 +416,22 @@ def test_no_cache_is_written_into_what_it_is_made_of(tinystories: Path, tmp_path
     assert cache_activations(run, inputs / "cache", tokens=100).n_rows
 
 
+@pytest.mark.parametrize("field", ["output_path", "checkpoint_path"])
+@pytest.mark.parametrize("source", ["data", "model"])
+def test_no_run_writes_into_what_it_reads(tinystories: Path, tmp_path: Path, field: str, source: str):
+    for name in ("data", "model"):
+        shutil.copytree(tinystories / name, tmp_path / name)
+    run = tiny_run(tinystories, None, model_name=str(tmp_path / "model"), dataset_path=str(tmp_path / "data"))
+    run |= {"output_path": str(tmp_path / "out"), field: str(tmp_path / source / "sae")}
+    before = sorted(tmp_path.rglob("*"))
+    option = "--output" if field == "output_path" else field
+    with pytest.raises(
+        UserError, match=rf"/{source}/sae(/\w+)? and .* lie one in the other, .* beside it with {option}"
+    ):
+        train(run)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("changes", [{}, {"seqpos_slice": [0, 60, 20]}], ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_room_that_is_asked_for_is_what_is_taken(

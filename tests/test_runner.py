@@ -137,8 +137,8 @@ def test_architectures_without_levels_train_too(sae: dict[str, Any], widths: lis
 
 
 def test_sparsity_is_saved_in_the_order_of_the_saved_latents(tmp_path: Path):
-    sae = {**SYNTHETIC["saes"][0], "order_latents_by_contribution": True}
-    run = {**SYNTHETIC, "saes": [sae, {**sae, "name": "unordered", "order_latents_by_contribution": False}]}
+    sae = {**SYNTHETIC["saes"][0], "order_latents_by": "contribution"}
+    run = {**SYNTHETIC, "saes": [sae, {**sae, "name": "unordered", "order_latents_by": None}]}
     result = train(run, output=tmp_path / "out", measure_samples=1000)
     configs = build_runner_configs(run)
     assert isinstance(configs, dict)

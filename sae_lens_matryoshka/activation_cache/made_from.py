@@ -127,12 +127,13 @@ def _is_left_beside(file: Path, folder: Path) -> bool:
     return fnmatch(file.name, "cache-*.arrow") and (file.parent / DATASET_STATE_JSON_FILENAME).is_file()
 
 
-def check_outside_sources(output: Path, cfg: LanguageModelRunConfig) -> None:
+def check_outside_sources(output: Path, cfg: LanguageModelRunConfig, option: str = "--output") -> None:
     """Refuse to write into what activations are made from: they would go by other contents afterwards.
 
     Args:
         output: The folder to write.
         cfg: The run's config.
+        option: What the user names it with.
 
     Raises:
         ConfigError: If the run's data set or model on this machine lies in it, or it in one of them.
@@ -146,6 +147,6 @@ def check_outside_sources(output: Path, cfg: LanguageModelRunConfig) -> None:
             inner, outer = outer, inner
         if inner.is_relative_to(outer):
             raise ConfigError(
-                f"The output {output} and {name}={getattr(cfg, name)!r} lie one in the other, but what activations are "
-                f"made from must stay as it is; choose a folder beside it with --output."
+                f"The folder {output} and {name}={getattr(cfg, name)!r} lie one in the other, but what activations are "
+                f"made from must stay as it is; choose a folder beside it with {option}."
             )

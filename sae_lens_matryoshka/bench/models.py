@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 
+from sae_lens_matryoshka.devices import warn_of_slow_bfloat16
 from sae_lens_matryoshka.errors import UserError, first_line
 from sae_lens_matryoshka.model_folders import check_model_folder
 
@@ -33,6 +34,7 @@ def load_model(model: "Model | str | Path", device: str = "cpu", dtype: str = "f
     name = os.path.expanduser(str(model))
     check_model_folder(name)
     torch_dtype = getattr(torch, dtype)
+    warn_of_slow_bfloat16(device, torch_dtype, "--dtype float32")
     try:
         if not Path(name).is_dir():
             try:

@@ -16,6 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from sae_lens_matryoshka.bench.evaluated_saes import Hook
 from sae_lens_matryoshka.bench.models import Model
 from sae_lens_matryoshka.bench.progress import progress_bar
+from sae_lens_matryoshka.errors import UserError
+from sae_lens_matryoshka.text.token_data import vocabulary_size
 
 TextTokens = Int[Tensor, " tokens"]
 """The tokens of one text."""
@@ -31,6 +33,9 @@ def text_tokens(model: Model, texts: Sequence[str], max_length: int | None = Non
         model: The model.
         texts: The texts.
         max_length: How many tokens to keep at most, BOS included; None keeps all.
+
+    Raises:
+        UserError: If a text has a token that the model has no embedding for.
     """
     if not texts:
         return []
@@ -41,6 +46,14 @@ def text_tokens(model: Model, texts: Sequence[str], max_length: int | None = Non
     for tokens in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:  # type: ignore[union-attr]
         own = list(itertools.dropwhile(lambda token: token == tokenizer.bos_token_id, tokens))
         rows.append(torch.tensor([*prefix, *own][:max_length], device=next(model.parameters()).device))
+    size = vocabulary_size(model)
+    for text, row in zip(texts, rows, strict=True):
+        if size is not None and len(row) > 0 and (largest := int(row.max())) >= size:
+            raise UserError(
+                f"The text {text[:40]!r} has the token {tokenizer.convert_ids_to_tokens(largest)!r} ({largest}), but "
+                f"the model has embeddings for {size} tokens only: the tokenizer is not this model's, or the text "
+                f"names its special tokens."
+            )
     return rows
 
 

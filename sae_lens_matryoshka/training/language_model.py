@@ -22,6 +22,7 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from torch import Tensor
 from typing_extensions import override
 
+from sae_lens_matryoshka.devices import warn_of_slow_bfloat16
 from sae_lens_matryoshka.model_folders import check_model_folder
 from sae_lens_matryoshka.run_files.building import LanguageModelRunConfig
 from sae_lens_matryoshka.saved.trained_from import record_local_paths
@@ -64,6 +65,7 @@ class LanguageModelRunner(LanguageModelSAETrainingRunner):
         take_over_store(self, checkpointing.exact, checkpointing.max_buffer_bytes)
         check_is_text(cfg, self.activations_store)
         check_token_ids(cfg, self.model)
+        _warn_of_slow_model(cfg, self.model)
         check_d_in(self.activations_store, {cfg.hook_name: cfg.sae.d_in})
 
     @override
@@ -99,6 +101,7 @@ class MultiSAERunner(MultiSAETrainingRunner):
         self.checkpointing = checkpointing
         take_over_store(self, checkpointing.exact, checkpointing.max_buffer_bytes)
         check_token_ids(cfg, self.model)
+        _warn_of_slow_model(cfg, self.model)
         hooks = cfg.hook_names_per_sae
         check_d_in(self.activations_store, {hook: cfg.saes[name].d_in for name, hook in hooks.items()})
 
@@ -152,3 +155,11 @@ def language_model_runner(
         if isinstance(cfg, MultiSAETrainingRunnerConfig):
             return MultiSAERunner(cfg, checkpointing)
         return LanguageModelRunner(cfg, checkpointing, start)
+
+
+def _warn_of_slow_model(cfg: LanguageModelRunConfig, model: Any) -> None:
+    if cfg.autocast_lm:
+        warn_of_slow_bfloat16(cfg.device, torch.bfloat16, "autocast_lm=false")
+    else:
+        parameter = next(model.parameters())
+        warn_of_slow_bfloat16(parameter.device, parameter.dtype, "model_from_pretrained_kwargs.dtype=float32")

@@ -18,6 +18,7 @@ from sae_lens.synthetic import RUNNER_CONFIG_FILENAME, SyntheticSAERunnerConfig
 from safetensors import SafetensorError
 
 from sae_lens_matryoshka.activation_cache.cache import ActivationCache
+from sae_lens_matryoshka.activation_cache.made_from import check_outside_sources
 from sae_lens_matryoshka.errors import ConfigError, UserError
 from sae_lens_matryoshka.run_files.building import (
     LanguageModelRunConfig,
@@ -134,6 +135,9 @@ def train(
                 saved = train_on_synthetic_model(configs, staging)
                 _record_output_path(staging, output_path)
             return _finish(saved, output_path, samples)
+    check_outside_sources(output_path, configs)
+    if configs.checkpoint_path is not None:
+        check_outside_sources(Path(configs.checkpoint_path), configs, "checkpoint_path")
     cache = open_activations(configs, checkpointing)
     if cache is not None:
         samples = held_out_samples(cache, calibration_samples, measure_samples)

@@ -93,10 +93,10 @@ def test_an_evaluation_that_fails_leaves_the_others_to_run(
 @pytest.mark.parametrize("normalize", ["none", "layer_norm"])
 def test_saes_can_be_pickled_and_copied_for_the_workers_of_data_loaders(sae: MatryoshkaSAE, normalize: Any):
     cfg = MatryoshkaTrainingSAEConfig(
-        64, 20, k=3, matryoshka_widths=[5, 20], normalize_activations=normalize, order_latents_by_contribution=True
+        64, 20, k=3, matryoshka_widths=[5, 20], normalize_activations=normalize, order_latents_by="contribution"
     )
     training = MatryoshkaTrainingSAE(cfg)
-    training.latent_contribution[3] = 5
+    training.latent_order_statistic[3] = 5
     x = torch.randn(7, 64)
     for original in (sae, sae.at_level(1), training, MatryoshkaSAE.from_sae(training)):
         for copied in (pickle.loads(pickle.dumps(original)), copy.deepcopy(original)):

@@ -1,5 +1,6 @@
 """Every activation that an evaluation uses is the one the model gives that text alone, whatever its tokenizer does."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -204,6 +205,20 @@ def test_a_text_without_a_token_of_its_own_is_named(model: Model):
     with pytest.raises(UserError, match="The train text '</s>' of class 'a' is nothing but special tokens"):
         ActivationSource(model).of_text(spec)
     assert is_special(model, torch.tensor([0, 1, 2, 3])).tolist() == [False, True, True, False]
+
+
+def test_a_text_with_a_token_that_the_model_has_no_embedding_for_is_named(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+):
+    """Llama's tokenizer with a pad token of its own, for one, has one token more than the model."""
+    assert model.tokenizer is not None
+    added = copy.deepcopy(model.tokenizer)
+    added.add_tokens("<unheard of>")
+    monkeypatch.setattr(model, "tokenizer", added)
+    with pytest.raises(
+        UserError, match=r"The text 'Once <unheard of>' has the token '.*unheard.*' \(512\), but the model"
+    ):
+        text_tokens(model, ["Once", "Once <unheard of>"])
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
