@@ -9,7 +9,16 @@ import sae_lens_matryoshka
 PACKAGE = Path(sae_lens_matryoshka.__file__).parent
 LAYERS = [
     ["errors", "command_line_start"],
-    ["untrusted", "saelens_fields", "saelens_fields_table", "levels", "devices", "model_folders", "normalization"],
+    [
+        "untrusted",
+        "saelens_fields",
+        "saelens_fields_table",
+        "levels",
+        "devices",
+        "model_folders",
+        "normalization",
+        "replaced_fields",
+    ],
     ["run_files", "saved", "ops"],
     ["text", "activation_cache"],
     ["saes"],

@@ -256,18 +256,18 @@ def test_selecting_by_decoder_norm_where_it_was_not(source: str, tmp_path: Path)
 @pytest.mark.parametrize("ordered", [True, False])
 def test_an_order_of_latents_goes_on_or_is_made_final(ordered: bool, tmp_path: Path):
     cfg = MatryoshkaTopKTrainingSAEConfig(
-        64, 128, k=8, matryoshka_widths=[16, 48, 128], order_latents_by_contribution=True
+        64, 128, k=8, matryoshka_widths=[16, 48, 128], order_latents_by="contribution"
     )
     source = MatryoshkaTopKTrainingSAE(cfg)
-    source.latent_contribution = torch.rand(128)
+    source.latent_order_statistic = torch.rand(128)
     source.b_enc.data.normal_()
     source.save_model(tmp_path)
-    sae = _load(tmp_path, _sae("matryoshka_topk", order_latents_by_contribution=ordered))
+    sae = _load(tmp_path, _sae("matryoshka_topk", order_latents_by="contribution" if ordered else None))
     if ordered:
-        assert torch.equal(sae.latent_contribution, source.latent_contribution)
+        assert torch.equal(sae.latent_order_statistic, source.latent_order_statistic)
         assert torch.equal(sae.W_enc, source.W_enc)
     else:
-        order = source.latent_contribution.argsort(descending=True)
+        order = source.latent_order_statistic.argsort(descending=True)
         norms = source.W_dec.norm(dim=-1)
         assert torch.allclose(sae.W_enc, (source.W_enc * norms)[:, order], atol=1e-6)
         assert torch.allclose(sae.b_enc, (source.b_enc * norms)[order], atol=1e-6)

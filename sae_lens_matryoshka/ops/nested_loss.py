@@ -11,8 +11,9 @@ The variants of the loss (:class:`NestedObjective`) change g_l or leave out the 
 """
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -35,13 +36,23 @@ class NestedObjective:
     """The inner levels count by the L2 norm of their residual, |r_l|, in place of its square: g_l becomes
     c_l r_l / (batch |r_l|), a pull that does not fade as the residual shrinks. The full level stays squared."""
 
-    stop_gradient: bool = False
+    stop_gradient: bool | Literal["inner"] = False
     """Each level trains only its own new latents, against what the smaller levels leave over: R_l becomes g_l. In the
-    decoder the bias belongs to the smallest level."""
+    decoder the bias belongs to the smallest level. With ``"inner"`` the full level trains all latents nevertheless:
+    R_l becomes g_l + g_L for the inner levels, and g_L for the full one."""
 
-    def weights(self, n_levels: int) -> tuple[float, ...]:
-        """c_l of each level."""
-        return self.level_weights or (1.0,) * n_levels
+    tilt: float = 0.0
+    """How much more samples count that a level reconstructs badly: its error is no mean over samples, but weighted by
+    softmax(tilt e_b / mean(e)) over the batch, e_b a sample's squared error, with weights that are held fixed (tilted
+    empirical risk minimization, arXiv:2007.01162, section 2: the gradient of its loss). 0 is the mean."""
+
+    def of_levels(self, errors: Float[Tensor, " n_levels"]) -> Float[Tensor, ""]:
+        """The loss that the levels' errors make."""
+        # numbers of Python, since a tensor of them would make the GPU wait for its copy
+        weighted = (
+            errors if self.level_weights is None else [w * e for w, e in zip(self.level_weights, errors, strict=True)]
+        )
+        return torch.stack(list(weighted)).sum()
 
 
 class NestedErrors(NamedTuple):
@@ -87,13 +98,30 @@ def nested_errors_reference(
             reconstruction = reconstruction.detach()
         reconstruction = reconstruction + coefficients[:, narrower:width] @ W_dec[narrower:width]
         residuals.append(reconstruction - target)
+    if objective.stop_gradient == "inner":
+        residuals[-1] = b_dec + coefficients @ W_dec - target
     scaled = torch.stack(residuals) if row_scale is None else torch.stack(residuals) * row_scale
-    squared_errors = scaled.pow(2).sum(-1).mean(-1)
-    errors = squared_errors
+    squares = scaled.pow(2).sum(-1)
+    terms = squares
     if objective.snap_loss:
-        errors = torch.cat([torch.linalg.vector_norm(scaled[:-1], dim=-1).mean(-1), squared_errors[-1:]])
-    loss = (errors.new_tensor(objective.weights(len(widths))) * errors).sum()
-    return NestedErrors(loss, squared_errors.detach(), residuals[-1].detach(), torch.stack(residuals).detach())
+        terms = torch.cat([torch.linalg.vector_norm(scaled[:-1], dim=-1), squares[-1:]])
+    errors = (sample_weights(squares, objective.tilt) * terms).sum(-1)
+    loss = objective.of_levels(errors)
+    squared_errors = squares.detach().mean(-1)
+    return NestedErrors(loss, squared_errors, residuals[-1].detach(), torch.stack(residuals).detach())
+
+
+def sample_weights(squared_errors: Float[Tensor, "*levels batch"], tilt: float) -> Float[Tensor, "*levels batch"]:
+    """What each sample counts in a level's error: softmax(tilt e_b / mean(e)), without gradient.
+
+    Args:
+        squared_errors: e_b, the squared error of each sample.
+        tilt: How much more badly reconstructed samples count; 0 weighs all alike.
+    """
+    errors = squared_errors.detach()
+    mean = errors.mean(-1, keepdim=True)
+    # a level without any error has no sample that is worse than another
+    return torch.softmax(torch.where(mean > 0, tilt * errors / mean, 0.0), dim=-1)
 
 
 def nested_errors(
@@ -117,6 +145,33 @@ def nested_errors(
     return NestedErrors(*outputs)  # type: ignore[misc]
 
 
+def _blocks(batch: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, batch, size))
+
+
+def _residuals_to_gradients(
+    residuals: list[Float[Tensor, "rows d_in"]],
+    norms: Float[Tensor, "n_levels rows"],
+    sample_weights: Float[Tensor, "n_levels rows"],
+    objective: NestedObjective,
+) -> None:
+    """Turn the residuals r_l of some samples into R_l, in place, the largest level first."""
+    last = len(residuals) - 1
+    factors = 2 * sample_weights
+    for factor, weight in zip(factors, objective.level_weights or (), strict=False):
+        factor *= weight
+    if objective.snap_loss:
+        # a residual of exactly 0 has the subgradient 0, as in torch
+        factors[:-1] *= torch.where(norms[:-1] > 0, 1 / (2 * norms[:-1]), 0.0)
+    for index in reversed(range(last + 1)):
+        block, factor = residuals[index], factors[index].unsqueeze(-1)
+        if index == last or objective.stop_gradient is True:
+            block *= factor
+        else:
+            larger = residuals[last if objective.stop_gradient == "inner" else index + 1]
+            torch.addcmul(larger, block, factor, out=block)
+
+
 class _NestedErrors(torch.autograd.Function):
     """Turns the residuals into R_l while they are at hand, so that a single array serves both passes."""
 
@@ -133,43 +188,39 @@ class _NestedErrors(torch.autograd.Function):
         keep_level_residuals: bool,
     ) -> tuple[Tensor | None, ...]:
         n_levels, d_in = len(latents.widths), W_dec.shape[1]
-        weights = objective.weights(n_levels)
         levels = latents.level_sums(coefficients, W_dec)
         levels[0] += b_dec - target
-        squared_errors, norms = levels.new_zeros(n_levels), levels.new_zeros(n_levels)
         residual = torch.empty_like(target)
         level_residuals = torch.empty_like(levels) if keep_level_residuals else None
+        norms = levels.new_empty(n_levels, latents.batch)
         # blocks of samples small enough that one level is still in the cache when the next one is added to it
         size = max(1, BLOCK_ELEMENTS // d_in if target.device.type == "cpu" else latents.batch)
-        for start in range(0, latents.batch, size):
-            rows = slice(start, start + size)
+        tilted = objective.tilt != 0
+        uniform = None if tilted else levels.new_full((n_levels, latents.batch), 1 / latents.batch)
+        for rows in _blocks(latents.batch, size):
             blocks = [level[rows] for level in levels]
             for narrower, block in itertools.pairwise(blocks):
                 block += narrower
             residual[rows] = blocks[-1]
             if level_residuals is not None:
                 level_residuals[:, rows] = levels[:, rows]
-            for index in reversed(range(n_levels)):
-                block = blocks[index]
-                row_norms = torch.linalg.vector_norm(block if row_scale is None else block * row_scale[rows], dim=-1)
-                squared_errors[index] += row_norms.pow(2).sum()
-                norms[index] += row_norms.sum()
-                weight = weights[index] / latents.batch
-                if objective.snap_loss and index < n_levels - 1:
-                    # a residual of exactly 0 has the subgradient 0, as in torch
-                    block *= torch.where(row_norms > 0, weight / (2 * row_norms), 0.0).unsqueeze(-1)
-                if index < n_levels - 1 and not objective.stop_gradient:
-                    alpha = 2.0 if objective.snap_loss else 2 * weight
-                    torch.add(blocks[index + 1], block, alpha=alpha, out=block)
-                else:
-                    block *= 2.0 if objective.snap_loss and index < n_levels - 1 else 2 * weight
+            for index, block in enumerate(blocks):
+                scaled = block if row_scale is None else block * row_scale[rows]
+                torch.linalg.vector_norm(scaled, dim=-1, out=norms[index, rows])
+            if uniform is not None:
+                _residuals_to_gradients(blocks, norms[:, rows], uniform[:, rows], objective)
+        squares = norms.pow(2)
+        of_samples = uniform
+        if of_samples is None:  # what a sample counts depends on all of them
+            of_samples = sample_weights(squares, objective.tilt)
+            for rows in _blocks(latents.batch, size):
+                blocks = [level[rows] for level in levels]
+                _residuals_to_gradients(blocks, norms[:, rows], of_samples[:, rows], objective)
         if row_scale is not None:
             levels *= row_scale.pow(2)
-        squared_errors /= latents.batch
-        errors = squared_errors
-        if objective.snap_loss:
-            errors = torch.cat([norms[:-1] / latents.batch, squared_errors[-1:]])
-        loss = (errors * errors.new_tensor(weights)).sum()
+        terms = torch.cat([norms[:-1], squares[-1:]]) if objective.snap_loss else squares
+        loss = objective.of_levels((of_samples * terms).sum(-1))
+        squared_errors = squares.mean(-1)
         ctx.save_for_backward(coefficients, W_dec, levels)
         ctx.latents = latents
         device_type = target.device.type
@@ -185,5 +236,8 @@ class _NestedErrors(torch.autograd.Function):
         # torch runs backward passes outside autocast; dense products are to be as fast here as they are forward
         with torch.autocast(W_dec.device.type, ctx.autocast, enabled=ctx.autocast is not None):
             coefficients_grad = latents.coefficients_grad(level_grads, W_dec) * loss_grad
-            W_dec_grad = latents.W_dec_grad(level_grads, coefficients) * loss_grad
+            if isinstance(latents, ActiveLatents):  # fewer coefficients than numbers in W_dec
+                W_dec_grad = latents.W_dec_grad(level_grads, coefficients * loss_grad)
+            else:
+                W_dec_grad = latents.W_dec_grad(level_grads, coefficients).mul_(loss_grad)
         return coefficients_grad, W_dec_grad, level_grads[0].sum(0) * loss_grad, *[None] * 5

@@ -54,8 +54,11 @@ def build_runner_configs(run: Mapping[str, Any], trust_remote_code: bool = False
         return _build_synthetic(checked, values, saes)
     with _config_errors(checked.config):
         if checked.config == "MultiSAETrainingRunnerConfig":
-            return MultiSAETrainingRunnerConfig(**values, saes=saes)
-        return LanguageModelSAERunnerConfig(**values, sae=saes["sae"])
+            cfg: LanguageModelRunConfig = MultiSAETrainingRunnerConfig(**values, saes=saes)
+        else:
+            cfg = LanguageModelSAERunnerConfig(**values, sae=saes["sae"])
+    _anneal_k_over_the_run(cfg)
+    return cfg
 
 
 def check_runner_config(cfg: RunnerConfig) -> None:
@@ -82,6 +85,18 @@ def check_runner_config(cfg: RunnerConfig) -> None:
     _resolve_devices(values)
     for field in _DEVICES & values.keys():
         setattr(cfg, field, values[field])
+    _anneal_k_over_the_run(cfg)
+
+
+def _anneal_k_over_the_run(cfg: RunnerConfig) -> None:
+    """Let k fall over the whole run where a config says from where and not how long: it does not know its run."""
+    if isinstance(cfg, SyntheticSAERunnerConfig):
+        n_steps = cfg.training_samples // cfg.batch_size
+    else:
+        n_steps = cfg.training_tokens // cfg.train_batch_size_tokens
+    for sae in sae_configs(cfg).values():
+        if getattr(sae, "k_start", None) is not None and getattr(sae, "k_anneal_steps", 0) is None:
+            vars(sae)["k_anneal_steps"] = n_steps
 
 
 def check_synthetic_d_in(field: str, d_in: int, hidden_dim: int) -> None:
@@ -113,6 +128,7 @@ def _build_synthetic(
     for name, sae in saes.items():
         with _config_errors(checked.config):
             configs[name] = SyntheticSAERunnerConfig(**values, sae=sae)
+        _anneal_k_over_the_run(configs[name])
         if isinstance(values["synthetic_model"], SyntheticModelConfig):
             check_synthetic_d_in(checked.saes[name].field, sae.d_in, values["synthetic_model"].hidden_dim)
     return configs

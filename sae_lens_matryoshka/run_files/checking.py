@@ -14,6 +14,7 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from sae_lens_matryoshka.errors import ConfigError
 from sae_lens_matryoshka.normalization import CHANNEL_STANDARDIZATION, COVARIANCE_WHITENING
+from sae_lens_matryoshka.replaced_fields import REPLACED_FIELDS
 from sae_lens_matryoshka.run_files.numbers import (
     check_run_numbers,
     check_sae_in_run,
@@ -242,6 +243,8 @@ def _check_fields(values: dict[str, Any], fields: Fields, config: str, name: Cal
     Errors name the ``config``, and a field by what ``name`` says that it is called in the run file.
     """
     for key, value in values.items():
+        if key not in fields and key in REPLACED_FIELDS:
+            raise ConfigError(f"{name(key)} is called {name(REPLACED_FIELDS[key])} now; rename it (CHANGELOG.md).")
         if key not in fields:
             raise ConfigError(
                 f"{name(key)} is not a field of SAELens's {config}{_nearest(str(key), fields) or '.'} "

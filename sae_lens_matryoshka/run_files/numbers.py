@@ -126,8 +126,8 @@ def check_sae_in_run(sae: Mapping[str, Any], values: Mapping[str, Any], name: Ca
             f"{name('normalize_activations')}={CHANNEL_STANDARDIZATION} is for language models: SAELens's runner on "
             f"synthetic models estimates {COVARIANCE_WHITENING} and expected_average_only_in only; set one of these."
         )
-    for field in ("l1_warm_up_steps", "l0_warm_up_steps"):
-        if field in sae:
+    for field in ("l1_warm_up_steps", "l0_warm_up_steps", "k_anneal_steps"):
+        if sae.get(field) is not None:
             _check_schedule({name(field): sae[field]}, values)
     _, batch = _samples_and_batch(values)
     k = sae.get("k")
@@ -135,6 +135,11 @@ def check_sae_in_run(sae: Mapping[str, Any], values: Mapping[str, Any], name: Ca
         raise ConfigError(
             f"{name('k')}={k!r} of {batch}={values[batch]} samples is less than one latent a batch: none would ever "
             f"fire."
+        )
+    if sae.get("k_start") is not None and values.get("compile_sae"):
+        raise ConfigError(
+            f"{name('k_start')}={sae['k_start']!r} with compile_sae=true would compile every step anew, since k is "
+            f"another number each time; drop one of them."
         )
 
 

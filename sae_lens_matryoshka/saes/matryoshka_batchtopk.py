@@ -60,9 +60,9 @@ class MatryoshkaTrainingSAE(TopKFamilyTrainingSAE, MatryoshkaBatchTopKTrainingSA
 
     @override
     def _select(self, x: Float[Tensor, "batch d_in"], decoder_norms: Float[Tensor, " d_sae"] | None) -> Selection:
-        n_selected = int(self.cfg.k * x.shape[0])
-        guess = self.selection_guess.item()
-        return select_batch_topk(x, self.W_enc.detach(), self.b_enc.detach(), decoder_norms, n_selected, guess)
+        n_selected = int(self._k * x.shape[0])
+        parameters = (self.W_enc.detach(), self.b_enc.detach(), decoder_norms)
+        return select_batch_topk(x, *parameters, n_selected, self.selection_guess)
 
     @override
     def _after_step(self, output: TrainStepOutput) -> None:

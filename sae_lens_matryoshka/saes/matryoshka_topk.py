@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from sae_lens import TopKSAEConfig, TopKTrainingSAE
-from sae_lens.saes.sae import SAEConfig
+from sae_lens.saes.sae import SAEConfig, TrainStepOutput
 from torch import Tensor
 from typing_extensions import override
 
@@ -61,11 +61,21 @@ class MatryoshkaTopKTrainingSAE(TopKFamilyTrainingSAE, TopKTrainingSAE):
     cfg: MatryoshkaTopKTrainingSAEConfig  # type: ignore[assignment]
 
     @override
+    def _whole(self, k: float) -> int:
+        return round(k)
+
+    @override
     def _select(self, x: Float[Tensor, "batch d_in"], decoder_norms: Float[Tensor, " d_sae"] | None) -> Selection:
         parameters = (self.W_enc.detach(), self.b_enc.detach(), decoder_norms)
-        selection = select_topk(x, *parameters, self.cfg.k, self.selection_guess.item())
-        smallest = x.new_full((x.shape[0],), torch.inf)
-        smallest.scatter_reduce_(0, selection.rows, selection.scores.to(x.dtype), "amin")
-        guess = smallest.nan_to_num(posinf=0.0).kthvalue(max(1, int(GUESS_SHARE * x.shape[0]))).values
-        self.selection_guess = guess.to(self.selection_guess.dtype)
-        return selection
+        return select_topk(x, *parameters, int(self._k), self.selection_guess)
+
+    @override
+    @torch.no_grad()
+    def _after_step(self, output: TrainStepOutput) -> None:
+        super()._after_step(output)
+        acts = output.feature_acts.detach()
+        if acts.is_sparse:  # as the fast step, which alone reads the guess, gives them
+            smallest = acts.values().new_full((acts.shape[0],), torch.inf)
+            smallest.scatter_reduce_(0, acts.indices()[0], acts.values(), "amin")
+            guess = smallest.nan_to_num(posinf=0.0).kthvalue(max(1, int(GUESS_SHARE * acts.shape[0]))).values
+            self.selection_guess = guess.to(self.selection_guess.dtype)

@@ -12,6 +12,7 @@ Where ``ops/`` cannot serve (``training_path`` says when and why) the same losse
 from SAELens's own step of the one-level twin.
 """
 
+import itertools
 from abc import abstractmethod
 from typing import Any
 
@@ -23,15 +24,19 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from sae_lens_matryoshka.ops.latents import ActiveLatents
-from sae_lens_matryoshka.ops.nested_loss import NestedErrors, nested_errors
-from sae_lens_matryoshka.saes.nested_training_config import NestedTrainingSAEConfig
+from sae_lens_matryoshka.ops.nested_loss import NestedErrors, nested_errors, sample_weights
+from sae_lens_matryoshka.saes.aligned_encoder import align_encoder
+from sae_lens_matryoshka.saes.nested_training_config import ORDER_LRS, NestedTrainingSAEConfig
+from sae_lens_matryoshka.saes.normalized_samples import NormalizesSamples
 from sae_lens_matryoshka.saes.plugin_sae import PluginSAE
 from sae_lens_matryoshka.saes.standardized_channels import TakesStandardizedChannels, channels_that_vary
 from sae_lens_matryoshka.saes.training_statistics import KeepsTrainingStatistics
 from sae_lens_matryoshka.saes.training_step import Encoding, Prefixes, TrainingPath
 
 
-class NestedTrainingSAE(KeepsTrainingStatistics, TakesStandardizedChannels, PluginSAE, TrainingSAE[Any]):
+class NestedTrainingSAE(
+    KeepsTrainingStatistics, TakesStandardizedChannels, NormalizesSamples, PluginSAE, TrainingSAE[Any]
+):
     """A Matryoshka SAE in training, whatever makes its latents sparse.
 
     Subclasses also inherit from the SAELens class of their one-level twin, after this one.
@@ -42,13 +47,13 @@ class NestedTrainingSAE(KeepsTrainingStatistics, TakesStandardizedChannels, Plug
 
     cfg: NestedTrainingSAEConfig  # type: ignore[assignment]
     b_enc: nn.Parameter
-    latent_contribution: Float[Tensor, " d_sae"]
+    latent_order_statistic: Float[Tensor, " d_sae"]
 
     def __init__(self, cfg: Any, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
         self.W_enc.data = _by_column(self.W_enc.data)
-        if cfg.order_latents_by_contribution:
-            self._register_statistic("latent_contribution", torch.zeros(cfg.d_sae, dtype=torch.float32))
+        if cfg.order_latents_by is not None:
+            self._register_statistic("latent_order_statistic", torch.zeros(cfg.d_sae, dtype=torch.float32))
 
     @property
     def training_path(self) -> TrainingPath:
@@ -81,19 +86,20 @@ class NestedTrainingSAE(KeepsTrainingStatistics, TakesStandardizedChannels, Plug
                 running statistics are untouched then.
         """
         self.check_is_standardized()
+        if self.cfg.aligned_encoder:
+            align_encoder(self.W_enc.data, self.W_dec.data)
         sae_in, compiling = step_input.sae_in, torch.compiler.is_compiling()
-        if not compiling and not sae_in.isfinite().all():
-            raise ValueError(
-                f"Training step {step_input.n_training_steps}: the input activations hold "
-                f"{int((~sae_in.isfinite()).sum())} values that are not finite, of {sae_in.numel()}."
-            )
         fast = self.training_path.fast and sae_in.ndim == 2 and not sae_in.requires_grad
         output, level_residuals = (self._fast_step if fast else self._reference_step)(step_input)
-        if not compiling and not output.loss.isfinite():
-            raise ValueError(
-                f"Training step {step_input.n_training_steps}: the loss is {output.loss.item()}; the input's largest "
-                f"absolute value is {sae_in.abs().max().item():.4g}, its mean norm {sae_in.norm(dim=-1).mean():.4g}."
+        if not compiling and not output.loss.isfinite():  # as it never is if the input is not
+            n_bad = int((~sae_in.isfinite()).sum())
+            problem = (
+                f"the input activations hold {n_bad} values that are not finite, of {sae_in.numel()}."
+                if n_bad
+                else f"the loss is {output.loss.item()}; the input's largest absolute value is "
+                f"{sae_in.abs().max().item():.4g}, its mean norm {sae_in.norm(dim=-1).mean():.4g}."
             )
+            raise ValueError(f"Training step {step_input.n_training_steps}: {problem}")
         if step_input.is_logging_step:
             output.metrics.update(self._level_metrics(step_input, output, level_residuals))
         self._after_step(output)
@@ -107,14 +113,14 @@ class NestedTrainingSAE(KeepsTrainingStatistics, TakesStandardizedChannels, Plug
 
     @property
     def latent_order(self) -> Int[Tensor, " d_sae"] | None:
-        """The latent at each place of the dictionary, by contribution; None where latents are not ordered.
+        """The latent at each place of the dictionary; None where latents are not ordered.
 
         Parameters, optimizer state and the trainer's statistics stay where they are, and only places move: the same
         mathematics as moving all of them together, under any trainer. Saving puts the latents in their places.
         """
-        if not self.cfg.order_latents_by_contribution:
+        if self.cfg.order_latents_by is None:
             return None
-        return self.latent_contribution.argsort(descending=True, stable=True)
+        return self.latent_order_statistic.argsort(descending=True, stable=True)
 
     @abstractmethod
     def _encode(self, x: Float[Tensor, "batch d_in"], prefixes: Prefixes) -> Encoding:
@@ -182,21 +188,20 @@ class NestedTrainingSAE(KeepsTrainingStatistics, TakesStandardizedChannels, Plug
         """The step by definition: the one-level twin's, then a decoder product a prefix; residuals to be logged."""
         output = TrainingSAE.training_forward_pass(self, step_input)
         prefixes = self.prefixes(step_input.n_training_steps)
-        reconstructions = self._reconstructions(output.feature_acts, prefixes, self.cfg.stop_gradient_between_levels)
-        if not self.cfg.stop_gradient_between_levels:
-            reconstructions[-1] = output.sae_out  # which hooks may have changed
+        stop_gradient = bool(self.cfg.stop_gradient_between_levels)
+        reconstructions = self._reconstructions(output.feature_acts, prefixes, stop_gradient)
+        if self.cfg.stop_gradient_between_levels is not True:
+            reconstructions[-1] = output.sae_out  # which hooks may have changed, and all latents reconstruct
         objective = self.cfg.objective
-        squared_errors = [
-            self.mse_loss_fn(reconstruction, step_input.sae_in).sum(dim=-1).mean() for reconstruction in reconstructions
-        ]
-        errors = squared_errors
+        squares = [self.mse_loss_fn(r, step_input.sae_in).sum(dim=-1) for r in reconstructions]
+        terms = squares
         if objective.snap_loss:
-            norms = [torch.linalg.vector_norm(r - step_input.sae_in, dim=-1).mean() for r in reconstructions[:-1]]
-            errors = [*norms, squared_errors[-1]]
+            norms = [torch.linalg.vector_norm(r - step_input.sae_in, dim=-1) for r in reconstructions[:-1]]
+            terms = [*norms, squares[-1]]
+        errors = [(sample_weights(s, objective.tilt) * term).sum() for s, term in zip(squares, terms, strict=True)]
         penalties = [loss for name, loss in output.losses.items() if name != "mse_loss"]
-        weights = objective.weights(len(errors))
-        output.loss = sum([w * error for w, error in zip(weights, errors, strict=True)], sum(penalties))  # type: ignore[assignment]
-        output.losses.update(self._inner_losses(squared_errors[:-1]))
+        output.loss = torch.stack([objective.of_levels(torch.stack(errors)), *penalties]).sum()
+        output.losses.update(self._inner_losses([of_level.mean() for of_level in squares[:-1]]))
         logged = torch.stack(reconstructions).detach() - step_input.sae_in if step_input.is_logging_step else None
         return output, logged
 
@@ -228,12 +233,19 @@ class NestedTrainingSAE(KeepsTrainingStatistics, TakesStandardizedChannels, Plug
     @torch.no_grad()
     def _after_step(self, output: TrainStepOutput) -> None:
         """Move the running statistics."""
-        if self.cfg.order_latents_by_contribution:
+        order_by = self.cfg.order_latents_by
+        if order_by is None:
+            return
+        acts = output.feature_acts.detach()
+        if order_by == "firing_frequency":
+            of_step = acts.bool().float().sum(0).to_dense() / output.sae_in.shape[0]
+        else:
             # values of sparse tensors: squaring keeps the layout
-            contribution = output.feature_acts.detach().float().pow(2).sum(0).to_dense() / output.sae_in.shape[0]
+            of_step = acts.float().pow(2).sum(0).to_dense() / output.sae_in.shape[0]
             if self._decoder_scale() is None:
-                contribution = contribution * self.W_dec.float().norm(dim=-1).pow(2)
-            self.latent_contribution.lerp_(contribution.float(), self.cfg.latent_contribution_lr)
+                of_step = of_step * self.W_dec.float().norm(dim=-1).pow(2)
+        lr = ORDER_LRS[order_by] if self.cfg.latent_order_lr is None else self.cfg.latent_order_lr
+        self.latent_order_statistic.lerp_(of_step.float(), lr)
 
     @torch.no_grad()
     def _level_metrics(
@@ -271,6 +283,9 @@ class NestedTrainingSAE(KeepsTrainingStatistics, TakesStandardizedChannels, Plug
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving_inference(state_dict)
+        if self.cfg.aligned_encoder:  # which the last step has moved
+            state_dict["W_enc"] = state_dict["W_enc"].clone()
+            align_encoder(state_dict["W_enc"], state_dict["W_dec"])
         order = self.latent_order
         for name in self.statistics:
             del state_dict[name]
@@ -288,56 +303,13 @@ class NestedTrainingSAE(KeepsTrainingStatistics, TakesStandardizedChannels, Plug
         super().process_state_dict_for_loading(state_dict)
         state_dict["W_enc"] = _by_column(state_dict["W_enc"])
 
-    @override
-    def _setup_activation_normalization(self) -> None:
-        """Undo a sample's normalization as often as there are levels.
-
-        SAELens deletes the statistics as it undoes the normalization for the first time, so that its Matryoshka class
-        fails on its first step with ``layer_norm`` and ``constant_norm_rescale``.
-        """
-        super()._setup_activation_normalization()
-        undo_once = self.run_time_activation_norm_fn_out
-
-        def undo(x: Tensor) -> Tensor:
-            statistics = {name: getattr(self, name) for name in _SAMPLE_STATISTICS if hasattr(self, name)}
-            undone = undo_once(x)
-            for name, value in statistics.items():
-                setattr(self, name, value)
-            return undone
-
-        if self.cfg.normalize_activations in SAMPLE_NORMALIZATIONS:
-            self.run_time_activation_norm_fn_out = undo
-
-    def _target_before_normalization_is_undone(
-        self, sae_in: Float[Tensor, "batch d_in"]
-    ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch 1"] | None]:
-        """What the decoder must produce so that undoing the normalization gives ``sae_in``.
-
-        Undoing it multiplies by the row scale (the second value, None for 1) and adds a mean, so an error of the
-        decoder counts row scale times in the loss.
-        """
-        sae_in = sae_in.to(self.dtype)
-        if self.cfg.normalize_activations == "layer_norm":
-            centred = sae_in - sae_in.mean(dim=-1, keepdim=True)
-            row_scale = centred.std(dim=-1, keepdim=True)
-            return torch.where(row_scale > 0, centred / row_scale, 0.0), row_scale
-        if self.cfg.normalize_activations == "constant_norm_rescale":
-            row_scale = sae_in.norm(dim=-1, keepdim=True) / sae_in.shape[-1] ** 0.5
-            return sae_in / row_scale, row_scale
-        return sae_in, None
-
-
-SAMPLE_NORMALIZATIONS = ("layer_norm", "constant_norm_rescale")
-"""Normalizations by statistics of each sample, which SAELens undoes after decoding."""
-
-_SAMPLE_STATISTICS = ("ln_mu", "ln_std", "x_norm_coeff")
-
 
 def level_dead(dead_mask: Bool[Tensor, " d_sae"], prefixes: Prefixes) -> list[Int[Tensor, " n_dead"]]:
     """The dead latents among each prefix's own."""
-    places = prefixes.by_place(dead_mask).nonzero().squeeze(1)
-    bounds = zip([0, *prefixes.widths[:-1]], prefixes.widths, strict=True)
-    return [prefixes.latent_ids(places[(places >= start) & (places < stop)]) for start, stop in bounds]
+    in_places = prefixes.by_place(dead_mask)
+    places = in_places.nonzero().squeeze(1)
+    n_dead = torch.stack([in_places[:width].sum() for width in prefixes.widths]).tolist()
+    return [prefixes.latent_ids(places[start:stop]) for start, stop in itertools.pairwise([0, *n_dead])]
 
 
 def _by_column(W_enc: Float[Tensor, "d_in d_sae"]) -> Float[Tensor, "d_in d_sae"]:

@@ -9,7 +9,7 @@ from abc import abstractmethod
 
 import torch
 from jaxtyping import Float, Int
-from sae_lens.saes.sae import TrainStepInput
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 from typing_extensions import override
 
@@ -36,6 +36,7 @@ class ThresholdedTrainingSAE(NestedTrainingSAE):
     def __init__(self, cfg: NestedTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
         self._register_statistic("share_that_matters", torch.ones((), dtype=torch.float64))
+        self._share_of_this_step: float | None = None
 
     @abstractmethod
     def _floor(self) -> Float[Tensor, " d_sae"]:
@@ -61,16 +62,22 @@ class ThresholdedTrainingSAE(NestedTrainingSAE):
             most = int(2 * LISTED_SHARE * n_all)
             selection = select_above(x.detach(), self.W_enc.detach(), self.b_enc.detach(), floor, most)
         if selection is not None:
-            self.share_that_matters.fill_(selection.rows.numel() / n_all)
+            self._share_of_this_step = selection.rows.numel() / n_all
             latents = prefixes.lay_out(selection, x.shape[0])
             hidden_pre = selected_hidden_pre(x, self.W_enc, self.b_enc, b_dec, latents)
             acts = self._activate(hidden_pre, latents.columns)
             return Encoding(x, prefixes, latents, hidden_pre, acts, latents.to_sparse(acts.detach()))
         hidden_pre = hidden_pre_of(x, self.W_enc, self.b_enc, b_dec)
         sample = hidden_pre.detach()[:SAMPLE_SIZE]
-        self.share_that_matters.fill_((sample > floor).sum().item() / max(1, sample.numel()))
+        self._share_of_this_step = (sample > floor).sum().item() / max(1, sample.numel())
         acts = self._activate(hidden_pre, None)
         return Encoding(x, prefixes, prefixes.lay_out_dense(x.shape[0]), hidden_pre, acts, acts.detach())
+
+    @override
+    def _after_step(self, output: TrainStepOutput) -> None:
+        super()._after_step(output)
+        if self._share_of_this_step is not None:  # the reference step counts nothing
+            self.share_that_matters.fill_(self._share_of_this_step)
 
     @override
     def _penalties(

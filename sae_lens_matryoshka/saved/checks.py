@@ -33,7 +33,7 @@ DTYPES = {
 """The data types that SAELens saves, by their names in a config (``sae_lens.constants.DTYPE_MAP``)."""
 
 TRAINING_ONLY = frozenset(
-    ("topk_threshold", "topk_threshold_updates", "selection_guess", "share_that_matters", "latent_contribution")
+    ("topk_threshold", "topk_threshold_updates", "selection_guess", "share_that_matters", "latent_order_statistic")
 )
 """Tensors that checkpoints of training SAEs hold and saved SAEs do not."""
 

@@ -178,7 +178,7 @@ def _state(source: SAE[Any], cfg: TrainingSAEConfig) -> dict[str, Tensor]:
     """The tensors of an SAE by the names of the class that is trained."""
     state = {name: tensor.clone() for name, tensor in source.state_dict().items()}
     if isinstance(source, TrainingSAE):
-        form = ("rescale_acts_by_decoder_norm", "order_latents_by_contribution")
+        form = ("rescale_acts_by_decoder_norm", "order_latents_by")
         same_form = all(getattr(source.cfg, field, None) == getattr(cfg, field, None) for field in form)
         if source.cfg.architecture() == cfg.architecture() and same_form:
             if isinstance(source, NestedTrainingSAE):

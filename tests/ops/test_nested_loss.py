@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,7 +37,8 @@ def _selection(mask: Tensor, hidden_pre: Tensor) -> Selection:
     density=st.floats(0, 1),
     scaled=st.booleans(),
     snap=st.booleans(),
-    stop_gradient=st.booleans(),
+    stop_gradient=st.sampled_from([False, True, "inner"]),
+    tilt=st.sampled_from([0.0, 0.002, 1.5, -0.5]),
     ordered=st.booleans(),
     dense=st.booleans(),
     seed=st.integers(0, 1000),
@@ -47,7 +49,8 @@ def test_losses_and_gradients_are_those_of_the_dense_definition(
     density: float,
     scaled: bool,
     snap: bool,
-    stop_gradient: bool,
+    stop_gradient: Any,
+    tilt: float,
     ordered: bool,
     dense: bool,
     seed: int,
@@ -61,7 +64,7 @@ def test_losses_and_gradients_are_those_of_the_dense_definition(
     }
     sae_in, target = _randn(batch, d_in, seed=seed + 4), _randn(batch, d_in, seed=seed + 5)
     row_scale = _randn(batch, 1, seed=seed + 6).abs() if scaled else None
-    objective = NestedObjective(tuple(_randn(len(widths), seed=seed + 7).tolist()), snap, stop_gradient)
+    objective = NestedObjective(tuple(_randn(len(widths), seed=seed + 7).tolist()), snap, stop_gradient, tilt)
     order = torch.randperm(d_sae, generator=torch.Generator().manual_seed(seed + 8)) if ordered else None
     places = torch.arange(d_sae) if order is None else order
     mask = torch.rand(batch, d_sae, generator=torch.Generator().manual_seed(seed)) < density
@@ -102,6 +105,39 @@ def test_losses_and_gradients_are_those_of_the_dense_definition(
     for name, first, second, expected in zip(parameters, *gradients, strict=True):
         torch.testing.assert_close(first, expected, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
         assert first.equal(second)
+
+
+def test_the_tilted_loss_has_the_gradient_of_tilted_empirical_risk():
+    """arXiv:2007.01162, equation 1, on errors in units of their mean: log(mean(exp(t e))) / t."""
+    residuals = _randn(7, 5, seed=0, grad=True)
+    tilt, errors = 0.8, residuals.pow(2).sum(-1)
+    scale = errors.mean().detach()
+    risk = scale * torch.log(torch.exp(tilt * errors / scale).mean()) / tilt
+    b_dec, target = torch.zeros(5, dtype=torch.float64), -residuals.detach()
+    W_dec = _randn(2, 5, seed=1, grad=True)
+    coefficients = torch.zeros(7, 2, dtype=torch.float64, requires_grad=True)
+    ours = nested_errors(coefficients, W_dec, b_dec, target, lay_out_dense(7, [2]), NestedObjective(tilt=tilt))
+    (of_residuals,) = torch.autograd.grad(risk, residuals)
+    (of_coefficients,) = torch.autograd.grad(ours.loss, coefficients)
+    torch.testing.assert_close(of_coefficients, of_residuals @ W_dec.detach().T, rtol=1e-9, atol=1e-12)
+    assert ours.squared_errors.item() == pytest.approx(errors.mean().item())  # what is reported stays unweighted
+
+
+def test_inner_levels_detached_train_their_own_latents_and_the_full_level_all():
+    """Against autograd of the two losses by themselves, neither of which is written as it is in the package."""
+    widths, W_dec, b_dec = [2, 5, 9], _randn(9, 4, seed=0, grad=True), _randn(4, seed=1, grad=True)
+    coefficients, target = _randn(6, 9, seed=2, grad=True), _randn(6, 4, seed=3)
+    inner = torch.zeros((), dtype=torch.float64)
+    for start, end in ((0, 2), (2, 5)):
+        given = (b_dec + coefficients[:, :start] @ W_dec[:start]).detach() if start else b_dec
+        inner = inner + (given + coefficients[:, start:end] @ W_dec[start:end] - target).pow(2).sum(-1).mean()
+    loss = inner + (b_dec + coefficients @ W_dec - target).pow(2).sum(-1).mean()
+    objective = NestedObjective(stop_gradient="inner")
+    ours = nested_errors(coefficients, W_dec, b_dec, target, lay_out_dense(6, widths), objective).loss
+    torch.testing.assert_close(ours, loss, rtol=1e-12, atol=0)
+    inputs = [coefficients, W_dec, b_dec]
+    for first, second in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(loss, inputs), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-12)
 
 
 def test_latents_in_both_orders():

@@ -216,7 +216,7 @@ def test_what_a_batch_selects_fires_in_the_saved_sae(tmp_path: Path, dtype: str,
 
 
 def test_states_load_strictly_into_saelens_own_class_and_back():
-    ours = MatryoshkaTrainingSAE(MatryoshkaTrainingSAEConfig(**SIZES, order_latents_by_contribution=True))
+    ours = MatryoshkaTrainingSAE(MatryoshkaTrainingSAEConfig(**SIZES, order_latents_by="contribution"))
     theirs = MatryoshkaBatchTopKTrainingSAE(MatryoshkaBatchTopKTrainingSAEConfig(**SIZES))
     _trainer(ours, 5).fit()
     theirs.load_state_dict(ours.state_dict())
@@ -227,7 +227,7 @@ def test_states_load_strictly_into_saelens_own_class_and_back():
     assert again.statistics["topk_threshold_updates"] == 5
     again.load_state_dict(theirs.state_dict())  # which has none: they start afresh
     assert again.statistics["topk_threshold_updates"] == 0
-    assert not again.statistics["latent_contribution"].any()
+    assert not again.statistics["latent_order_statistic"].any()
 
 
 def test_a_checkpoint_of_saelens_own_class_can_be_continued(tmp_path: Path):

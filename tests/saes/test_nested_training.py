@@ -54,13 +54,16 @@ def _move_latents(trainer: SAETrainer[Any, Any], order: Tensor):
         tensor.copy_(tensor[order])
 
 
+@pytest.mark.parametrize("order_by", ["contribution", "firing_frequency"])
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_ordering_equals_moving_parameters_and_optimizer_state_together(architecture: str, sampled: bool):
+def test_ordering_equals_moving_parameters_and_optimizer_state_together(
+    architecture: str, sampled: bool, order_by: str
+):
     options: dict[str, Any] = {"dtype": "float64"}
     if sampled:
         options["prefix_sampling"] = {"n_prefixes": 4}
-    ours = _trainer(architecture, **options, order_latents_by_contribution=True)
+    ours = _trainer(architecture, **options, order_latents_by=order_by, latent_order_lr=0.05)
     moved = _trainer(architecture, **options)
     contribution = torch.zeros(24, dtype=torch.float64)
     orders: set[tuple[int, ...]] = set()
@@ -76,7 +79,8 @@ def test_ordering_equals_moving_parameters_and_optimizer_state_together(architec
         acts = outputs[1].feature_acts.detach().to_dense()
         if "topk" not in architecture and architecture != "matryoshka":
             acts = acts * norms  # those of TopK are in units of the decoder norm already
-        contribution = 0.95 * contribution + 0.05 * acts.pow(2).mean(0)
+        of_step = acts.pow(2).mean(0) if order_by == "contribution" else (acts > 0).double().mean(0)
+        contribution = 0.95 * contribution + 0.05 * of_step
         order = contribution.argsort(descending=True, stable=True)
         orders.add(tuple(order.tolist()))
         _move_latents(moved, order)
@@ -104,9 +108,18 @@ def test_a_permutation_within_a_level_changes_no_loss(architecture: str):
         torch.testing.assert_close(loss, losses[1][name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("order_by", ["contribution", "firing_frequency"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_run_resumed_from_a_checkpoint_is_bit_equal(architecture: str, tmp_path: Path):
-    options = {"prefix_sampling": {"n_prefixes": 4, "seed": 5}, "order_latents_by_contribution": True}
+def test_a_run_resumed_from_a_checkpoint_is_bit_equal(architecture: str, order_by: str, tmp_path: Path):
+    options: dict[str, Any] = {
+        "prefix_sampling": {"n_prefixes": 4, "seed": 5},
+        "order_latents_by": order_by,
+        "stop_gradient_between_levels": "inner",
+        "loss_tilt": 0.1,
+        "aligned_encoder": True,
+    }
+    if architecture in ("matryoshka", "matryoshka_topk"):
+        options |= {"k_start": 9.0, "k_anneal_steps": 16}
     whole = _trainer(architecture, **options)
     losses = _train(whole, range(20))
     first = _trainer(architecture, **options)
@@ -126,7 +139,7 @@ def test_a_run_resumed_from_a_checkpoint_is_bit_equal(architecture: str, tmp_pat
 def test_a_checkpoint_read_by_saelens_trains_on_and_its_statistics_keep_their_dtype(
     architecture: str, dtype: str, tmp_path: Path
 ):
-    trainer = _trainer(architecture, dtype=dtype, order_latents_by_contribution=True)
+    trainer = _trainer(architecture, dtype=dtype, order_latents_by="contribution")
     _train(trainer, range(3))
     trainer.sae.save_model(tmp_path / "checkpoint")
     loaded: Any = TrainingSAE.load_from_disk(tmp_path / "checkpoint")
@@ -235,8 +248,8 @@ def test_with_a_stopped_gradient_larger_levels_do_not_move_smaller_ones():
         ),
         (
             "matryoshka_jumprelu",
-            {"matryoshka_widths": [24], "order_latents_by_contribution": True},
-            "order_latents_by_contribution=True changes nothing",
+            {"matryoshka_widths": [24], "order_latents_by": "contribution"},
+            "order_latents_by='contribution' changes nothing",
         ),
         (
             "matryoshka",
@@ -244,7 +257,23 @@ def test_with_a_stopped_gradient_larger_levels_do_not_move_smaller_ones():
             "leaves the latents of a level of weight 0 untrained",
         ),
         ("matryoshka", {"prefix_sampling": {"n_prefixes": 40}}, "needs 39 different lengths"),
-        ("matryoshka", {"latent_contribution_lr": 0.0}, "latent_contribution_lr=0.0 must be above 0"),
+        ("matryoshka", {"latent_order_lr": 0.0}, "latent_order_lr=0.0 must be above 0"),
+        ("matryoshka", {"latent_order_lr": 0.1}, "latent_order_lr=0.1 is for order_latents_by, which is not set"),
+        (
+            "matryoshka",
+            {"order_latents_by": "size"},
+            "order_latents_by='size' must be one of contribution, firing_freq",
+        ),
+        ("matryoshka", {"stop_gradient_between_levels": "outer"}, "must be true, false or inner"),
+        ("matryoshka_standard", {"loss_tilt": float("nan")}, "loss_tilt=nan must be a number"),
+        ("matryoshka", {"k_start": 3}, "k_start=3 must be above k=3"),
+        ("matryoshka", {"k_start": 25}, "k_start=25 is above d_sae=24"),
+        (
+            "matryoshka_topk",
+            {"k_start": 9, "k_anneal_steps": 0},
+            "k_anneal_steps=0 must be a whole number of at least 1",
+        ),
+        ("matryoshka_topk", {"k_anneal_steps": 5}, "k_anneal_steps=5 is for k_start, which is not set"),
         ("matryoshka_topk", {"k": 2.5}, r"k=2\.5 must be a whole number"),
         ("matryoshka_topk", {"k": 25}, "k=25 is above d_sae=24"),
         ("matryoshka_jumprelu", {"jumprelu_sparsity_loss_mode": "quadratic"}, "target_l0=None must be above 0"),

@@ -142,10 +142,15 @@ def _nested_options(draw: st.DrawFn, architecture: str, widths: list[int]) -> di
     elif draw(st.booleans()):
         options["level_weights"] = [draw(st.floats(0.1, 3.0)) for _ in widths]
     if sampled or len(widths) > 1:
-        for name in ("stop_gradient_between_levels", "snap_loss", "order_latents_by_contribution"):
-            options[name] = draw(st.booleans())
+        options["stop_gradient_between_levels"] = draw(st.sampled_from([False, True, "inner"]))
+        options["snap_loss"] = draw(st.booleans())
+        options["order_latents_by"] = draw(st.sampled_from([None, "contribution", "firing_frequency"]))
+    options["loss_tilt"] = draw(st.sampled_from([0.0, 0.002, 1.0, -0.5]))
+    options["aligned_encoder"] = draw(st.booleans())
     if architecture in ("matryoshka", "matryoshka_topk"):
         options["use_matryoshka_aux_loss"] = draw(st.booleans())
+        if d_sae > 4 and draw(st.booleans()):
+            options |= {"k_start": float(draw(st.integers(5, d_sae))), "k_anneal_steps": draw(st.integers(1, 20))}
     if architecture == "matryoshka_standard":
         options["l1_of_every_prefix"] = draw(st.booleans())
     return options
@@ -167,8 +172,8 @@ def test_the_fast_step_is_the_definition_with_every_option(
     pair = [_make(architecture, seed, **cfg) for _ in range(2)]
     contribution = torch.rand(widths[-1], generator=torch.Generator().manual_seed(seed))
     for sae in pair:
-        if options.get("order_latents_by_contribution"):
-            sae.latent_contribution.copy_(contribution)
+        if options.get("order_latents_by"):
+            sae.latent_order_statistic.copy_(contribution)
     fast, by_definition = pair
     by_definition.hook_sae_acts_post.add_hook(lambda tensor, hook: tensor)
     _list_few(fast, listed)
