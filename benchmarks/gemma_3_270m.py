@@ -55,6 +55,23 @@ STUDY: dict[str, list[str]] = {
 """Settings of each SAE beside those of the run file (4,096 latents, k 32, channels standardized, seed 42), most wanted
 first."""
 
+MAIN = ("Matryoshka", "BatchTopK")
+BY_MEAN_NORM = tuple(f"{kind}, by mean norm" for kind in MAIN)
+SEEDS = tuple(f"{kind}, seed {seed}" for seed in (1, 2) for kind in MAIN)
+
+CORE = ("--set", "core.n_eval_reconstruction_batches=4", "--set", "core.n_eval_sparsity_variance_batches=4")
+"""A batch of core is 16 contexts of 128 tokens."""
+
+SAE_PROBES = (
+    "sparse_probing_sae_probes.dataset_names=[5_hist_fig_ismale, 22_headline_isobama, 36_sciq_tf, 42_temp_sense, "
+    "56_wikidatasex_or_gender, 60_wikidata_occupation_isathlete, 92_glue_sst2, 96_spam_is, 105_click_bait, "
+    "106_hate_hate, 114_nyc_borough_Manhattan, 117_us_state_FL, 124_world_country_United_States, 128_art_type_movie, "
+    "155_athlete_sport_basketball, 161_agnews_0]"
+)
+"""One task of each family of short texts."""
+
+ABSORPTION = ("--set", "absorption.min_feats_for_eval=5")
+
 
 def main() -> None:
     """Do one step of the study."""
@@ -64,9 +81,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="cache, SAEs and results go there")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="activations to cache")
     parser.add_argument("--training-tokens", type=int, default=2_000_000)
+    parser.add_argument(
+        "--dtype", default="bfloat16", help="of the language model; float32 on a CPU without AVX-512 BF16"
+    )
     parser.add_argument("--probing", type=Path, help="folder of labelled text")
-    parser.add_argument("--evals", default="sparse_probing,core")
     parser.add_argument("--limit-texts", type=int, default=100, help="of each class, to train and to test on")
+    parser.add_argument("--words", type=int, default=2600, help="of the vocabulary, for absorption")
     parser.add_argument("step", choices=["train", "evaluate", "tables"])
     options = parser.parse_args()
     {"train": train_all, "evaluate": evaluate_all, "tables": write_tables}[options.step](options)
@@ -74,6 +94,7 @@ def main() -> None:
 
 def _run_file(options: argparse.Namespace, settings: Sequence[str]) -> dict[str, Any]:
     here = [f"model_name={options.model}", f"dataset_path={options.text}", "streaming=false", "device=cpu"]
+    here.append(f"model_from_pretrained_kwargs.dtype={options.dtype}")
     return read_run_file(RUN, [*here, f"training_tokens={options.training_tokens}", *settings])
 
 
@@ -88,13 +109,36 @@ def train_all(options: argparse.Namespace) -> None:
 
 
 def evaluate_all(options: argparse.Namespace) -> None:
-    """Probe every SAE with both rules, and measure loss recovered, as ``evaluate`` does on the command line."""
-    saes = [f"{name.replace(', ', ' ').replace(' ', '_')}={_folder(options, name)}" for name in _trained(options)]
+    """Evaluate as on the command line, each evaluation on the SAEs and levels that it is worth it for."""
+    trained = _trained(options)
     data = [f"--data={path.stem}={path}" for path in sorted(options.probing.glob("*.jsonl"))]
-    command = [sys.executable, "-m", "sae_lens_matryoshka", "evaluate", *saes, *data, f"--text={options.text}"]
-    command += ["--model", str(options.model), "--dtype", "bfloat16"]
-    command += ["--output", str(options.work / "evaluations"), "--cache", str(options.work / "probing-cache")]
-    subprocess.run([*command, "--evals", options.evals, "--limit-texts", str(options.limit_texts)], check=True)
+    main = [name for name in (*MAIN, *BY_MEAN_NORM) if name in trained]
+    others = [name for name in trained if name not in main]
+    seeds = [name for name in trained if name in (*MAIN, *SEEDS)]
+    probing = ["--evals=sparse_probing", f"--limit-texts={options.limit_texts}", *data]
+    core = ["--evals=core", "--no-baselines", f"--text={options.text}", *CORE]
+    sae_probes = ["--evals=sparse_probing_sae_probes", "--limit-texts=200", "--set", SAE_PROBES]
+    absorption = ["--evals=absorption", f"--absorption-max-words={options.words}", *ABSORPTION]
+    for names, arguments in (
+        (main, probing),
+        (others, [*probing, "--no-baselines"]),
+        (main, core),
+        ([name for name in others if name not in seeds], [*core, "--levels=-1"]),
+        ([name for name in seeds if name in main], sae_probes),
+        ([name for name in trained if name not in main], [*sae_probes, "--no-baselines"]),
+        (seeds, absorption),
+    ):
+        if names:
+            begun = time.monotonic()
+            _evaluate(options, names, arguments)
+            print(f"{arguments[0]} of {len(names)} SAEs: {time.monotonic() - begun:.0f} s", flush=True)
+
+
+def _evaluate(options: argparse.Namespace, names: Sequence[str], arguments: Sequence[str]) -> None:
+    saes = [f"{name.replace(', ', ' ').replace(' ', '_')}={_folder(options, name)}" for name in names]
+    command = [sys.executable, "-m", "sae_lens_matryoshka", "evaluate", *saes, "--model", str(options.model)]
+    command += ["--dtype", options.dtype, "--output", str(options.work / "evaluations")]
+    subprocess.run([*command, "--cache", str(options.work / "probing-cache"), *arguments], check=True)
 
 
 def write_tables(options: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from sae_lens_matryoshka.training.run import TrainedSAE, train
 PAGE = Path(__file__).parents[1] / "docs" / "variants.md"
 MARKERS = "<!-- results: begin -->", "<!-- results: end -->"
 
-DRAWN: dict[str, Any] = {"prefix_sampling": {"n_prefixes": 5}, "order_latents_by_contribution": True}
+DRAWN: dict[str, Any] = {"prefix_sampling": {"n_prefixes": 5}, "order_latents_by": "contribution"}
 QUADRATIC: dict[str, Any] = {"jumprelu_sparsity_loss_mode": "quadratic", "l0_coefficient": 0.3}
 VARIANTS: dict[str, dict[str, Any]] = {
     "SAELens batchtopk (no levels)": {"architecture": "batchtopk"},
