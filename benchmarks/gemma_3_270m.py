@@ -13,21 +13,34 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from train_step import machine
 
 from sae_lens_matryoshka import train
+from sae_lens_matryoshka.bench import load_results
 from sae_lens_matryoshka.run_files.reading import read_run_file
 from sae_lens_matryoshka.saved.level_figures import LevelMetrics, read_level_figures
 from sae_lens_matryoshka.training.caching import cache_activations
 
 PAGE = Path(__file__).parents[1] / "docs" / "gemma-3-270m.md"
+PARETO = "gemma_3_270m_by_l0.png"
 RUN = "gemma-3-270m"
 MEAN_NORM = "sae.normalize_activations=expected_average_only_in"
+ALIGNED = ["sae.aligned_encoder=true"]
+LEVERS = [
+    "sae.stop_gradient_between_levels=inner",
+    "sae.order_latents_by=firing_frequency",
+    "sae.k_start=77",
+    "sae.k_anneal_steps=680",
+    "sae.loss_tilt=0.002",
+]
+"""The levers of a study on SynthSAEBench beside those that the run file has; k falls until the learning rate does."""
+
 WIDE = ["sae.d_sae=16384", "sae.matryoshka_widths=[512, 1536, 3584, 7680, 16384]"]
 
 
@@ -49,6 +62,10 @@ STUDY: dict[str, list[str]] = {
     "BatchTopK, seed 1": ["seed=1", without_levels()],
     "Matryoshka, seed 2": ["seed=2"],
     "BatchTopK, seed 2": ["seed=2", without_levels()],
+    "Matryoshka, aligned": ALIGNED,
+    "Matryoshka, levers": LEVERS,
+    "Matryoshka, aligned and levers": [*ALIGNED, *LEVERS],
+    "BatchTopK, aligned": [*ALIGNED, without_levels()],
     "Matryoshka, 16,384": WIDE,
     "BatchTopK, 16,384": ["sae.d_sae=16384", without_levels(16384)],
 }
@@ -57,9 +74,13 @@ first."""
 
 MAIN = ("Matryoshka", "BatchTopK")
 BY_MEAN_NORM = tuple(f"{kind}, by mean norm" for kind in MAIN)
+WITH_LEVERS = (
+    *(f"Matryoshka, {levers}" for levers in ("aligned", "levers", "aligned and levers")),
+    "BatchTopK, aligned",
+)
 SEEDS = tuple(f"{kind}, seed {seed}" for seed in (1, 2) for kind in MAIN)
 
-CORE = ("--set", "core.n_eval_reconstruction_batches=4", "--set", "core.n_eval_sparsity_variance_batches=4")
+CORE = ("--set", "core.n_eval_reconstruction_batches=2", "--set", "core.n_eval_sparsity_variance_batches=2")
 """A batch of core is 16 contexts of 128 tokens."""
 
 SAE_PROBES = (
@@ -71,6 +92,29 @@ SAE_PROBES = (
 """One task of each family of short texts."""
 
 ABSORPTION = ("--set", "absorption.min_feats_for_eval=5")
+
+
+METRICS = {
+    "sparse_probing": (
+        "Probing with a few latents",
+        {
+            "sae_top_1_test_accuracy": "top 1",
+            "sae_top_5_test_accuracy": "top 5",
+            "sae_top_1_standardized_test_accuracy": "top 1, standardized",
+            "sae_top_5_standardized_test_accuracy": "top 5, standardized",
+        },
+    ),
+    "core": ("Loss recovered", {"ce_loss_score": "loss recovered"}),
+    "sparse_probing_sae_probes": (
+        "sae_probes, area under the curve",
+        {"sae_top_1_test_auc": "top 1", "sae_top_5_test_auc": "top 5"},
+    ),
+    "absorption": (
+        "Absorption, lower is better",
+        {"mean_absorption_fraction_score": "absorption fraction", "mean_full_absorption_score": "full absorption"},
+    ),
+}
+"""Title and columns of each evaluation's table."""
 
 
 def main() -> None:
@@ -109,36 +153,50 @@ def train_all(options: argparse.Namespace) -> None:
 
 
 def evaluate_all(options: argparse.Namespace) -> None:
-    """Evaluate as on the command line, each evaluation on the SAEs and levels that it is worth it for."""
+    """Evaluate as on the command line, each evaluation on the SAEs and levels that it is worth it for, main ones first.
+
+    Raises:
+        SystemExit: At the end, if an evaluation has failed.
+    """
     trained = _trained(options)
     data = [f"--data={path.stem}={path}" for path in sorted(options.probing.glob("*.jsonl"))]
+    pair = [name for name in MAIN if name in trained]
     main = [name for name in (*MAIN, *BY_MEAN_NORM) if name in trained]
     others = [name for name in trained if name not in main]
+    levers = [name for name in trained if name in WITH_LEVERS]
     seeds = [name for name in trained if name in (*MAIN, *SEEDS)]
+    rest = [name for name in trained if name not in (*pair, *levers)]
     probing = ["--evals=sparse_probing", f"--limit-texts={options.limit_texts}", *data]
     core = ["--evals=core", "--no-baselines", f"--text={options.text}", *CORE]
     sae_probes = ["--evals=sparse_probing_sae_probes", "--limit-texts=200", "--set", SAE_PROBES]
     absorption = ["--evals=absorption", f"--absorption-max-words={options.words}", *ABSORPTION]
+    failed = False
     for names, arguments in (
         (main, probing),
         (others, [*probing, "--no-baselines"]),
-        (main, core),
-        ([name for name in others if name not in seeds], [*core, "--levels=-1"]),
-        ([name for name in seeds if name in main], sae_probes),
-        ([name for name in trained if name not in main], [*sae_probes, "--no-baselines"]),
-        (seeds, absorption),
+        ([*pair, *levers], core),
+        (rest, [*core, "--levels=-1"]),
+        (pair, absorption),
+        ([name for name in (*seeds, *levers) if name not in pair], [*absorption, "--no-baselines"]),
+        (pair, sae_probes),
+        (levers, [*sae_probes, "--no-baselines"]),
     ):
         if names:
             begun = time.monotonic()
-            _evaluate(options, names, arguments)
-            print(f"{arguments[0]} of {len(names)} SAEs: {time.monotonic() - begun:.0f} s", flush=True)
+            done = _evaluate(options, names, arguments)
+            failed |= not done
+            took = f"{time.monotonic() - begun:.0f} s"
+            print(f"{arguments[0]} of {len(names)} SAEs: {took if done else 'failed after ' + took}", flush=True)
+    if failed:
+        raise SystemExit(1)
 
 
-def _evaluate(options: argparse.Namespace, names: Sequence[str], arguments: Sequence[str]) -> None:
-    saes = [f"{name.replace(', ', ' ').replace(' ', '_')}={_folder(options, name)}" for name in names]
+def _evaluate(options: argparse.Namespace, names: Sequence[str], arguments: Sequence[str]) -> bool:
+    saes = [f"{_label(name)}={_folder(options, name)}" for name in names]
     command = [sys.executable, "-m", "sae_lens_matryoshka", "evaluate", *saes, "--model", str(options.model)]
     command += ["--dtype", options.dtype, "--output", str(options.work / "evaluations")]
-    subprocess.run([*command, "--cache", str(options.work / "probing-cache"), *arguments], check=True)
+    done = subprocess.run([*command, "--cache", str(options.work / "probing-cache"), *arguments], check=False)
+    return done.returncode == 0
 
 
 def write_tables(options: argparse.Namespace) -> None:
@@ -150,6 +208,7 @@ def write_tables(options: argparse.Namespace) -> None:
         *_seeds_table(figures),
         *_evaluation_tables(options.work / "evaluations"),
     ]
+    plot_pareto(figures, options.work / "evaluations")
     begin, end = "<!-- results: begin -->", "<!-- results: end -->"
     before, rest = PAGE.read_text(encoding="utf-8").split(begin)
     after = rest.split(end)[1]
@@ -194,36 +253,75 @@ def _seeds_table(figures: dict[str, list[LevelMetrics]]) -> list[str]:
 
 
 def _evaluation_tables(evaluations: Path) -> list[str]:
-    if not (evaluations / "results.csv").is_file():
+    if not evaluations.is_dir():
         return []
-    results: Any = pd.read_csv(evaluations / "results.csv")
+    results: Any = load_results(evaluations)
     return [
         f"### {title}\n\n" + _markdown(["SAE", "width", *labels.values()], _metric_rows(results, evaluation, labels))
-        for evaluation, title, labels in (
-            ("sparse_probing", "Probing with a few latents", {
-                "sae_top_1_test_accuracy": "top 1", "sae_top_5_test_accuracy": "top 5",
-                "sae_top_1_standardized_test_accuracy": "top 1, standardized",
-                "sae_top_5_standardized_test_accuracy": "top 5, standardized",
-            }),
-            ("core", "Loss recovered", {"ce_loss_score": "loss recovered"}),
-        )
+        for evaluation, (title, labels) in METRICS.items()
         if evaluation in set(results["evaluation"])
-    ]  # fmt: skip
+    ]
 
 
 def _metric_rows(results: Any, evaluation: str, labels: dict[str, str]) -> list[list[str]]:
     of_evaluation = results[results["evaluation"] == evaluation]
-    rows: list[list[str]] = []
+    order = {_label(name): place for place, name in enumerate(STUDY)}
+    rows: list[tuple[tuple[int, str, int], list[str]]] = []
     for (sae, width), group in of_evaluation.groupby(["sae", "width"], sort=False):
         by_metric = group.set_index("metric")
-        cells = [
-            f"{by_metric.loc[metric, 'value']:.3f} ±{by_metric.loc[metric, 'standard_error']:.3f}"
-            if metric in by_metric.index
-            else "-"
-            for metric in labels
-        ]
-        rows.append([str(sae).replace("_", " "), f"{int(width):,}", *cells])
-    return rows
+        if not set(labels) & set(by_metric.index):
+            continue
+        cells = [_with_error(by_metric.loc[m]) if m in by_metric.index else "-" for m in labels]
+        place = order.get(str(sae).removesuffix(" random"), len(order))
+        rows.append(((place, str(sae), int(width)), [_name(sae), f"{int(width):,}", *cells]))
+    return [row for _, row in sorted(rows, key=lambda row: row[0])]
+
+
+def _with_error(metric: Any) -> str:
+    error = metric["standard_error"]
+    return f"{metric['value']:.3f}" + (f" ±{error:.3f}" if error == error else "")
+
+
+def plot_pareto(figures: dict[str, list[LevelMetrics]], evaluations: Path) -> None:
+    """Full levels against L0: variance unexplained, probing and loss recovered, where k is all that differs."""
+    results: Any = load_results(evaluations) if evaluations.is_dir() else None
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels: list[tuple[str, Callable[[str], float]]] = [
+        ("FVU, channels alike (lower is better)", lambda name: figures[name][-1].fvu_standardized or float("nan")),
+        ("probing, top 1 standardized", lambda name: _full(results, name, "sae_top_1_standardized_test_accuracy")),
+        ("loss recovered", lambda name: _full(results, name, "ce_loss_score")),
+    ]
+    for axes, (title, value) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for kind in MAIN:
+            names = [name for name in (f"{kind}, k 16", kind, f"{kind}, k 64") if name in figures]
+            axes.plot([figures[n][-1].l0 for n in names], [value(n) for n in names], marker="o", label=kind)
+        for name in (*WITH_LEVERS, *BY_MEAN_NORM):
+            if name in figures:
+                axes.plot(figures[name][-1].l0, value(name), marker="*", linestyle="", label=name)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("L0")
+    lines = figure.axes[0].get_lines()
+    labels = [str(line.get_label()) for line in lines]
+    figure.legend(lines, labels, loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(PAGE.parent / PARETO, dpi=150)
+
+
+def _full(results: Any, name: str, metric: str) -> float:
+    """A metric of an SAE's full level; nan where it has not been measured."""
+    if results is None:
+        return float("nan")
+    of_metric = results[(results["sae"] == _label(name)) & (results["metric"] == metric)].sort_values("width")
+    return float(of_metric["value"].iloc[-1]) if len(of_metric) else float("nan")
+
+
+def _label(name: str) -> str:
+    """What an SAE is called in results."""
+    return name.replace(", ", " ").replace(" ", "_")
+
+
+def _name(label: Any) -> str:
+    return str(label).replace("_", " ")
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
