@@ -13,6 +13,7 @@ if not is_command_line():  # which does this itself, once it is sure to need it
     from sae_lens_matryoshka.levels import geometric_widths, paper_widths
     from sae_lens_matryoshka.measuring.calibration import ThresholdCalibration, calibrate_threshold
     from sae_lens_matryoshka.measuring.level_metrics import measure_levels
+    from sae_lens_matryoshka.measuring.pruning import PruningFigures, measure_pruning
     from sae_lens_matryoshka.registration import register
     from sae_lens_matryoshka.run_files.reading import read_run_file
     from sae_lens_matryoshka.saes.matryoshka_batchtopk import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
@@ -66,6 +67,7 @@ __all__ = [
     "MatryoshkaTrainingSAE",
     "MatryoshkaTrainingSAEConfig",
     "PrefixSampling",
+    "PruningFigures",
     "ThresholdCalibration",
     "TrainResult",
     "TrainedSAE",
@@ -75,6 +77,7 @@ __all__ = [
     "geometric_widths",
     "levels_in_model",
     "measure_levels",
+    "measure_pruning",
     "paper_widths",
     "read_run_file",
     "register",

@@ -58,8 +58,10 @@ def test_a_step_waits_for_the_gpu_no_more_often_than_is_known(
     sae = sae_class(config_class(d_in=16, d_sae=64, matryoshka_widths=[8, 24, 64], **k, **options))  # type: ignore[call-arg]
     x = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
     alive = torch.zeros(64, dtype=torch.bool)
+    waits = _Waits()
     for step in range(3):
-        with _Waits() as waits:
+        waits.found.clear()
+        with waits:
             output = sae.training_forward_pass(TrainStepInput(x, {"l1": 1.0, "l0": 1.0}, alive, step, False))
             output.loss.backward()
     assert 0 < len(waits.found) <= most, waits.found

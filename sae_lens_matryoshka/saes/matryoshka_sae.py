@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from sae_lens_matryoshka.levels import SAVED_AS, level_index, level_of, level_widths, validate_widths
+from sae_lens_matryoshka.ops.pruning import leave_one_out_gains
 from sae_lens_matryoshka.saes.kinds import KINDS
 from sae_lens_matryoshka.saes.plugin_sae import PluginSAE
 from sae_lens_matryoshka.saved.checks import check_finite
@@ -50,9 +51,8 @@ class MatryoshkaSAEConfig(SAEConfig):
 class MatryoshkaSAE(PluginSAE):
     """An SAE with levels. Wherever SAELens takes an SAE it takes this one, as the full level.
 
-    Made by :meth:`load_from_disk`, :meth:`from_pretrained` and :meth:`from_sae`, which return the subclass for the
-    SAE's architecture. Levels are named by index: 0 is the smallest, -1 the full dictionary. An index that does not
-    exist is an ``IndexError`` that lists the levels.
+    Made by :meth:`load_from_disk`, :meth:`from_pretrained` and :meth:`from_sae`, which return the architecture's class.
+    Levels are named by index: 0 is the smallest, -1 the full one. No such index: an ``IndexError`` that lists them.
     """
 
     cfg: MatryoshkaSAEConfig  # type: ignore[assignment]
@@ -85,12 +85,17 @@ class MatryoshkaSAE(PluginSAE):
         return feature_acts
 
     @override
-    def encode(self, x: Float[Tensor, "*batch d_in"], level: int | None = None) -> Float[Tensor, "*batch width"]:
+    def encode(
+        self, x: Float[Tensor, "*batch d_in"], level: int | None = None, prune_below: float | None = None
+    ) -> Float[Tensor, "*batch width"]:
         """Latent activations of one level; None means all ``d_sae`` of them. Only that level's columns are computed.
 
         Args:
             x: Activations of the model, shape (..., d_in).
             level: Index of the level.
+            prune_below: Leave out active latents whose direction the level's others explain: those whose gain
+                (:mod:`ops.pruning`, in units of the normalized ``x``) is at most this, all judged by the reconstruction
+                from all. :func:`measure_pruning` shows what a value costs.
 
         Raises:
             IndexError: If there is no such level.
@@ -98,7 +103,20 @@ class MatryoshkaSAE(PluginSAE):
         width = self._width(level)
         sae_in = self.process_sae_in(x)
         hidden_pre = self.hook_sae_acts_pre(sae_in @ self.W_enc[:, :width] + self.b_enc[:width])
-        return self.hook_sae_acts_post(self._activate(hidden_pre))
+        feature_acts = self._activate(hidden_pre)
+        if prune_below is not None:
+            *places, gains = self.leave_one_out_gains(sae_in, feature_acts)
+            pruned = tuple(of_entries[gains <= prune_below] for of_entries in places)
+            feature_acts = feature_acts.view(-1, width).index_put(pruned, x.new_zeros(())).view_as(feature_acts)
+        return self.hook_sae_acts_post(feature_acts)
+
+    def leave_one_out_gains(
+        self, sae_in: Float[Tensor, "*batch d_in"], feature_acts: Float[Tensor, "*batch width"]
+    ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"], Float[Tensor, " n"]]:
+        """Sample (batch dimensions flattened), latent and gain of a level's active latents on a processed input."""
+        target = sae_in if self.cfg.apply_b_dec_to_input else sae_in - self.b_dec
+        parts = (target.flatten(0, -2), self._coefficients(feature_acts).flatten(0, -2))
+        return leave_one_out_gains(*parts, self.W_dec[: feature_acts.shape[-1]])
 
     def encode_levels(self, x: Float[Tensor, "*batch d_in"]) -> list[Float[Tensor, "*batch width"]]:
         """The activations of every level, smallest level first: ``[encode(x, level) for level in ...]``, encoding once.
@@ -264,9 +282,7 @@ class MatryoshkaSAE(PluginSAE):
         fold_W_dec_norm: bool = False,
         widths: Sequence[int] | None = None,
     ) -> "MatryoshkaSAE":
-        """Load from a folder that SAELens or this plugin has saved: as ``SAE.load_from_disk``, plus ``widths``.
-
-        Those are the level widths, for SAEs saved without them.
+        """Load from a folder that SAELens or this plugin has saved, with ``widths`` if it was saved without them.
 
         Raises:
             ValueError: If the widths are neither given nor recorded, or the files are damaged or contradict each other.
@@ -286,9 +302,9 @@ class MatryoshkaSAE(PluginSAE):
         fold_W_dec_norm: bool = False,
         widths: Sequence[int] | None = None,
     ) -> "MatryoshkaSAE":
-        """Load from the Hugging Face Hub: as ``SAE.from_pretrained``, plus ``widths``.
+        """Load from the Hugging Face Hub: as ``SAE.from_pretrained``, plus ``widths``, for SAEs published without them.
 
-        Those are the level widths, for SAEs published without them. ``release`` may be a repository ``user/name`` too.
+        ``release`` may be a repository ``user/name`` too.
 
         Raises:
             ValueError: If the widths are neither given, recorded nor known (:mod:`saved.known_releases`), the release
