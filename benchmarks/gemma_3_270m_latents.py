@@ -37,7 +37,7 @@ def main() -> None:
     cache = ActivationCache(options.cache)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     rows, latents, values = firings(sae, cache)
-    tokens = _tokens(cache)
+    tokens = cache.tokens()
     parts = [_generality(sae, latents, tokens[rows], cache.n_rows)]
     for level, width in enumerate(sae.widths):
         parts.append(f"### Level {level}, latents up to {width:,}")
@@ -59,14 +59,6 @@ def firings(sae: MatryoshkaSAE, cache: ActivationCache) -> tuple[Tensor, Tensor,
         found.append((rows[samples].int(), latents.int(), acts[samples, latents].half()))
     rows, latents, values = (torch.cat(parts) for parts in zip(*found, strict=True))
     return rows.long(), latents.long(), values.float()
-
-
-def _tokens(cache: ActivationCache) -> Tensor:
-    """The token of each row."""
-    found: list[Tensor] = []
-    for shard in cache._shards:
-        found.append(shard["tokens"][shard["kept"]].long())
-    return torch.cat(found)
 
 
 def _generality(sae: MatryoshkaSAE, latents: Tensor, tokens: Tensor, n_rows: int) -> str:

@@ -21,6 +21,7 @@ PAGES = {
     "Activations of real models": "docs/activations.md",
     "Evaluating": "docs/evaluating.md",
     "Gemma 3 270M": "docs/gemma-3-270m.md",
+    "Gemma's latents": "docs/gemma-3-270m-latents.md",
     "Results on TinyStories": "docs/saebench_tinystories.md",
     "Activation caches": "docs/activation-cache.md",
     "Benchmarks": "benchmarks/README.md",

@@ -87,6 +87,8 @@ def test_a_row_leads_back_to_its_text(tinystories: Path, tmp_path: Path):
         tokens, position = cache.text_of(row)
         _, activations = model.run_with_cache(tokens[None].long(), names_filter=["model.layers.2"])
         torch.testing.assert_close(activations["model.layers.2"][0, position], rows[row], rtol=1e-4, atol=1e-4)
+        assert cache.tokens()[row] == tokens[position]
+    assert len(cache.tokens()) == cache.n_rows
 
 
 def test_rows_of_a_real_model_are_its_hidden_states(tmp_path: Path):

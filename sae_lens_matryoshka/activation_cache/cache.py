@@ -151,6 +151,10 @@ class ActivationCache:
         within -= int(last_of_sequence[sequence - 1]) if sequence else 0
         return self._shards[number][TOKENS][sequence], int(kept[sequence].nonzero()[within])
 
+    def tokens(self) -> Int[Tensor, " n_rows"]:
+        """The token of each activation."""
+        return torch.cat([shard[TOKENS][shard[KEPT]].long() for shard in self._shards])
+
     def check_serves(self, cfg: LanguageModelRunConfig) -> None:
         """Refuse a run whose activations would be others, or that has too few here.
 
