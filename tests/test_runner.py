@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from sae_lens import SAE, JumpReLUSAE
-from sae_lens.synthetic import SyntheticModel
+from sae_lens.synthetic import SyntheticModel, SyntheticModelConfig
 from safetensors.torch import load_file
 
 from sae_lens_matryoshka import MatryoshkaSAE
@@ -19,6 +19,7 @@ from sae_lens_matryoshka.errors import ConfigError
 from sae_lens_matryoshka.run_files.building import build_runner_configs
 from sae_lens_matryoshka.run_files.reading import read_run_file
 from sae_lens_matryoshka.training.run import train
+from sae_lens_matryoshka.training.sample_pool import SamplePool
 from tests import processes
 
 SYNTHETIC: dict[str, Any] = {
@@ -117,6 +118,59 @@ def test_a_synthetic_run_compares_its_saes(tmp_path: Path):
     assert [row["sae"] for row in rows] == ["matryoshka_k3", "batchtopk_k3"]
     assert float(rows[0]["mcc"]) == pytest.approx(result.saes[0].scores.mcc)  # type: ignore[union-attr]
     assert (tmp_path / "out" / "scores.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_pool_of_samples_is_shared_by_all_saes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[int] = []
+    draw = SyntheticModel.sample
+    monkeypatch.setattr(SyntheticModel, "sample", lambda self, n: asked.append(n) or draw(self, n))
+    result = train(SYNTHETIC, output=tmp_path / "out", calibration_samples=2000, measure_samples=2000, sample_pool=9000)
+    assert sum(asked[:3]) == 9000  # before the levels are measured on fresh ones
+    assert asked[:3] == [4096, 4096, 808]
+    drawn_for_levels = asked[3:]
+    assert sum(drawn_for_levels) < 2 * (2 * 2000 + 2 * SYNTHETIC["batch_size"])  # not 2 * training_samples
+    for trained in result.saes:
+        sae = SAE.load_from_disk(trained.path)
+        assert sae.cfg.metadata.sample_pool == 9000
+        assert trained.scores is not None
+        assert trained.scores.l0 == pytest.approx(3, rel=0.3)
+
+
+def test_every_sae_gets_the_same_samples_of_a_pool_and_every_epoch_all_of_them():
+    world = SyntheticModel(SyntheticModelConfig(num_features=5, hidden_dim=4, seed=3))
+    pool = SamplePool(world, 10)
+    pool.samples = torch.randn(10, 4)  # of which no two are alike
+    batches = [pool.activation_generator(3) for _ in range(6)]
+    for epoch in (batches[:3], batches[3:]):
+        rows = [int((pool.samples == sample).all(1).nonzero()) for sample in torch.cat(epoch)]
+        assert len(set(rows)) == 9
+    assert not torch.cat(batches[:3]).equal(torch.cat(batches[3:]))
+    pool.restart()
+    assert all(pool.activation_generator(3).equal(batch) for batch in batches)
+    with pytest.raises(ValueError, match="A batch of 11 is more than the pool's 10 samples"):
+        pool.activation_generator(11)
+
+
+@pytest.mark.parametrize(
+    ("changes", "n_samples", "message"),
+    [
+        ({}, 10, "--sample-pool 10 must be at least one batch, batch_size="),
+        ({"run_final_eval": True}, 9000, "run_final_eval=true evaluates .*; set run_final_eval=false"),
+        ({"eval_frequency": 5}, 9000, "eval_frequency=5 evaluates .*; set eval_frequency=0"),
+        ({"save_synthetic_model": True}, 9000, "save_synthetic_model=true cannot be used with --sample-pool"),
+    ],
+)
+def test_a_pool_that_does_not_go_with_the_run_is_refused(
+    tmp_path: Path, changes: dict[str, Any], n_samples: int, message: str
+):
+    with pytest.raises(ConfigError, match=message):
+        train({**SYNTHETIC, **changes}, output=tmp_path / "out", sample_pool=n_samples)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pool_is_for_synthetic_models(tinystories: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match="--sample-pool is for runs on a synthetic model"):
+        train(_tinystories_run(tinystories), output=tmp_path / "out", sample_pool=9000)
 
 
 def test_the_same_seed_gives_the_same_run(tmp_path: Path):

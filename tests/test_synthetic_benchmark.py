@@ -54,6 +54,8 @@ def test_the_true_dictionary_is_perfect(synthetic_model: SyntheticModel):
     assert scores.explained_variance == pytest.approx(1, abs=1e-5)
     assert scores.parent_recovery == 1  # parents fire most often, so they are the smallest level
     assert scores.absorption == 0
+    assert (scores.precision, scores.recall) == pytest.approx((1, 1), abs=1e-5)
+    assert (scores.uniqueness, scores.dead) == (1, 0)
     assert scores.l0 == pytest.approx(N_PARENTS * (0.4 + N_CHILDREN * 0.4 * 0.4), rel=0.1)
 
 
@@ -75,6 +77,9 @@ def test_the_smallest_level_is_where_parents_are_looked_for(synthetic_model: Syn
 
 
 def test_the_plot_is_written(tmp_path: Path):
-    scores = SyntheticScores(mcc=0.9, f1=0.8, explained_variance=0.7, l0=3, parent_recovery=1, absorption=0.1)
+    finding = {"precision": 0.8, "recall": 0.8, "uniqueness": 1, "dead": 0}
+    scores = SyntheticScores(
+        mcc=0.9, f1=0.8, explained_variance=0.7, l0=3, parent_recovery=1, absorption=0.1, **finding
+    )
     plot_scores({"one": scores, "two": scores}, tmp_path / "scores.png")
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")

@@ -62,6 +62,10 @@ def add_to(commands: Any) -> None:
         "--activations", metavar="DIR",
         help="train from the activations that the command cache has written there, without the language model",
     )  # fmt: skip
+    parser.add_argument(
+        "--sample-pool", type=positive_count, metavar="N",
+        help="draw N samples of a synthetic model once, for all SAEs and epochs, rather than every batch afresh",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -97,6 +101,7 @@ def run(options: argparse.Namespace) -> None:
             trust_remote_code=options.trust_remote_code,
             checkpointing=checkpointing,
             activations=options.activations,
+            sample_pool=options.sample_pool,
         )
     _show(result, console)
     if incomplete := ", ".join(sae.name for sae in result.saes if sae.incomplete is not None):

@@ -50,6 +50,18 @@ class SyntheticScores:
     """Share of the samples with an active parent where the parent's best-matching latent is silent and that of one of
     its children fires, averaged over parents; nan without a hierarchy."""
 
+    precision: float
+    """Mean precision of the latents as detectors of the features they match best (SAELens)."""
+
+    recall: float
+    """Their mean recall (SAELens)."""
+
+    uniqueness: float
+    """Number of different features that latents match best, as a share of the latents (SAELens)."""
+
+    dead: int
+    """Latents that never fired (SAELens)."""
+
 
 SCORE_LABELS = {
     "mcc": "MCC",
@@ -99,6 +111,10 @@ def score_on_synthetic_model(
         l0=evaluation.sae_l0,
         parent_recovery=(similarities[small_latents][:, parents].amax(0) >= RECOVERED_COSINE).float().mean().item(),
         absorption=absorption,
+        precision=evaluation.classification.precision,
+        recall=evaluation.classification.recall,
+        uniqueness=evaluation.uniqueness,
+        dead=evaluation.dead_latents,
     )
 
 

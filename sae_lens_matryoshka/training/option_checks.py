@@ -42,7 +42,10 @@ def check_samples(configs: RunnerConfigs, calibration_samples: int | None, measu
 
 
 def check_synthetic_options(
-    configs: Mapping[str, SyntheticSAERunnerConfig[Any]], resume: str | Path | None, options: CheckpointOptions
+    configs: Mapping[str, SyntheticSAERunnerConfig[Any]],
+    resume: str | Path | None,
+    options: CheckpointOptions,
+    sample_pool: int | None = None,
 ) -> None:
     """Refuse what a run on a synthetic model does not use.
 
@@ -50,9 +53,10 @@ def check_synthetic_options(
         configs: The run's configs.
         resume: The checkpoint to resume from, if any.
         options: What checkpoints hold and how many are kept.
+        sample_pool: How many samples to draw once, if any.
 
     Raises:
-        ConfigError: If one of them is given.
+        ConfigError: If one of them is given, or the pool does not go with the run.
     """
     if resume is not None:
         raise ConfigError(
@@ -64,9 +68,28 @@ def check_synthetic_options(
             f"{', '.join(given)} cannot be used on a synthetic model, whose checkpoints are SAELens's, and all are "
             f"kept; leave it out."
         )
-    wandb_id = next(iter(configs.values())).logger.wandb_id
+    first = next(iter(configs.values()))
+    if sample_pool is not None:
+        _check_sample_pool(sample_pool, first)
+    wandb_id = first.logger.wandb_id
     if len(configs) > 1 and wandb_id is not None:
         raise ConfigError(
             f"logger.wandb_id={wandb_id!r} is one id, but each of saes is a wandb run of its own on a synthetic "
             f"model. --unset logger.wandb_id takes it out of the run file."
+        )
+
+
+def _check_sample_pool(n_samples: int, cfg: SyntheticSAERunnerConfig[Any]) -> None:
+    if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < cfg.batch_size:
+        raise ConfigError(f"--sample-pool {n_samples} must be at least one batch, batch_size={cfg.batch_size}.")
+    if cfg.run_final_eval or cfg.eval_frequency > 0:
+        field = "run_final_eval=true" if cfg.run_final_eval else f"eval_frequency={cfg.eval_frequency}"
+        fix = "run_final_eval=false" if cfg.run_final_eval else "eval_frequency=0"
+        raise ConfigError(
+            f"{field} evaluates on the runner's own samples, which with --sample-pool are training's; set {fix}: the "
+            f"saved SAEs are scored on fresh ones."
+        )
+    if cfg.save_synthetic_model:
+        raise ConfigError(
+            "save_synthetic_model=true cannot be used with --sample-pool; set save_synthetic_model=false."
         )

@@ -85,6 +85,7 @@ def train(
     checkpointing: CheckpointOptions = CheckpointOptions(),  # noqa: B008 it is frozen
     trust_remote_code: bool = False,
     activations: str | Path | None = None,
+    sample_pool: int | None = None,
 ) -> TrainResult:
     """Train with SAELens's own runners, then calibrate and measure what has been trained.
 
@@ -108,6 +109,8 @@ def train(
         activations: The folder of an activation cache to train from, without a language model
             (:func:`~sae_lens_matryoshka.cache_activations` makes one). Thresholds are calibrated and levels measured
             on what it holds out, at most ``calibration_samples`` and ``measure_samples`` of it.
+        sample_pool: How many samples of a synthetic model to draw once, for all SAEs and epochs; None draws every batch
+            afresh. Calibration, figures and scores are of fresh samples either way.
 
     Raises:
         ConfigError: If the run cannot be used, or names a model or data set that cannot be loaded.
@@ -128,13 +131,15 @@ def train(
         if cfg.checkpoint_path is not None:
             check_apart(output_path, Path(cfg.checkpoint_path))
     if isinstance(configs, dict):
-        check_synthetic_options(configs, resume, checkpointing)
+        check_synthetic_options(configs, resume, checkpointing, sample_pool)
         check_output(output_path, force)
         with output_lock(output_path):
             with staged_folder(output_path, force, (SCORES_FILENAME, SCORES_FIGURE_FILENAME)) as staging:
-                saved = train_on_synthetic_model(configs, staging)
+                saved = train_on_synthetic_model(configs, staging, sample_pool)
                 _record_output_path(staging, output_path)
             return _finish(saved, output_path, samples)
+    if sample_pool is not None:
+        raise ConfigError("--sample-pool is for runs on a synthetic model; --activations shares a language model's.")
     check_outside_sources(output_path, configs)
     if configs.checkpoint_path is not None:
         check_outside_sources(Path(configs.checkpoint_path), configs, "checkpoint_path")
