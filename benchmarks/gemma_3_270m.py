@@ -296,7 +296,7 @@ def plot_pareto(figures: dict[str, list[LevelMetrics]], evaluations: Path) -> No
         for kind in MAIN:
             names = [name for name in (f"{kind}, k 16", kind, f"{kind}, k 64") if name in figures]
             axes.plot([figures[n][-1].l0 for n in names], [value(n) for n in names], marker="o", label=kind)
-        for name in (*WITH_LEVERS, *BY_MEAN_NORM):
+        for name in ("Matryoshka, levers", *BY_MEAN_NORM):
             if name in figures:
                 axes.plot(figures[name][-1].l0, value(name), marker="*", linestyle="", label=name)
         axes.set_title(title, fontsize=10)
@@ -311,8 +311,9 @@ def _full(results: Any, name: str, metric: str) -> float:
     """A metric of an SAE's full level; nan where it has not been measured."""
     if results is None:
         return float("nan")
-    of_metric = results[(results["sae"] == _label(name)) & (results["metric"] == metric)].sort_values("width")
-    return float(of_metric["value"].iloc[-1]) if len(of_metric) else float("nan")
+    width = 16384 if "16,384" in name else 4096
+    of_metric = results[(results["sae"] == _label(name)) & (results["metric"] == metric) & (results["width"] == width)]
+    return float(of_metric["value"].iloc[0]) if len(of_metric) else float("nan")
 
 
 def _label(name: str) -> str:
