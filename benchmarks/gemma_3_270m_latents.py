@@ -3,7 +3,7 @@
     python benchmarks/gemma_3_270m_latents.py --sae FOLDER --cache DIR --tokenizer MODEL
 
 Ten latents of each level are drawn (seed 0) from those of its own that fired on at least 20 tokens, so that nobody has
-chosen them. Of each it shows where it fires most and where it fires at random. One pass over the cache.
+chosen them. Of each it shows where it fires most and where it fires at random.
 """
 
 import argparse
@@ -32,28 +32,29 @@ def main() -> None:
     parser.add_argument("--sae", type=Path, required=True)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the model")
+    parser.add_argument("--activations", type=int, default=200_000, help="how many to look at, from the cache's start")
     options = parser.parse_args()
     sae = MatryoshkaSAE.load_from_disk(options.sae)
     cache = ActivationCache(options.cache)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    rows, latents, values = firings(sae, cache)
-    tokens = cache.tokens()
-    parts = [_generality(sae, latents, tokens[rows], cache.n_rows)]
+    n_rows = min(options.activations, cache.n_rows)
+    rows, latents, values = firings(sae, cache, n_rows)
+    parts = [_generality(sae, latents, cache.tokens()[rows], n_rows)]
     for level, width in enumerate(sae.widths):
         parts.append(f"### Level {level}, latents up to {width:,}")
         for latent in _drawn(sae, level, latents):
-            parts.append(_latent(latent, rows, latents, values, cache, tokenizer))
+            parts.append(_latent(latent, rows, latents, values, n_rows, cache, tokenizer))
     begin, end = "<!-- latents: begin -->", "<!-- latents: end -->"
     before, rest = PAGE.read_text(encoding="utf-8").split(begin)
     PAGE.write_text(f"{before}{begin}\n\n" + "\n\n".join(parts) + f"\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 @torch.no_grad()
-def firings(sae: MatryoshkaSAE, cache: ActivationCache) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, latent and activation of everything that fires on the whole cache."""
+def firings(sae: MatryoshkaSAE, cache: ActivationCache, n_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, latent and activation of everything that fires on the first rows of the cache."""
     [hook] = cache.manifest.d_in
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for rows in tqdm(torch.arange(cache.n_rows).split(BLOCK), desc="encoding"):
+    for rows in tqdm(torch.arange(n_rows).split(BLOCK), desc="encoding"):
         acts = sae.encode(cache.begin_reading([hook], rows)()[hook].float())
         samples, latents = acts.nonzero(as_tuple=True)
         found.append((rows[samples].int(), latents.int(), acts[samples, latents].half()))
@@ -93,13 +94,14 @@ def _latent(
     rows: Tensor,
     latents: Tensor,
     values: Tensor,
+    n_rows: int,
     cache: ActivationCache,
     tokenizer: PreTrainedTokenizerBase,
 ) -> str:
     own = (latents == latent).nonzero().squeeze(1)
     by_value = own[values[own].argsort(descending=True)]
     at_random = own[torch.randperm(len(own), generator=torch.Generator().manual_seed(0))[:RANDOM]]
-    lines = [f"**{latent}**, on {len(own) / cache.n_rows:.3%} of tokens:", ""]
+    lines = [f"**{latent}**, on {len(own) / n_rows:.3%} of tokens:", ""]
     top = list(_apart(by_value, rows))
     for name, entries in (("most", top), ("at random", at_random.tolist())):
         texts = " · ".join(_shown(int(rows[entry]), cache, tokenizer) for entry in entries)
