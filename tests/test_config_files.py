@@ -34,6 +34,7 @@ def test_embedded_run_files_build(name: str):
     configs = build_runner_configs(read_run_file(name, [] if name == "synthetic" else ["device=cpu"]))
     expected: dict[str, type] = {
         "synthetic": dict,
+        "synthsaebench-mini": dict,
         "tinystories": LanguageModelSAERunnerConfig,
         "gemma-2-2b": LanguageModelSAERunnerConfig,
         "gemma-2-2b-sweep": MultiSAETrainingRunnerConfig,
@@ -105,7 +106,7 @@ def test_unusable_settings(setting: str, message: str, tmp_path: Path):
 
 
 def test_unusable_files(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"no run file 'nowhere.yaml'.*gemma-2-2b, .*synthetic, tinystories"):
+    with pytest.raises(ConfigError, match=r"no run file 'nowhere.yaml'.*gemma-2-2b, .*synthetic, .*tinystories"):
         read_run_file("nowhere.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ConfigError, match="must hold a mapping"):

@@ -92,6 +92,6 @@ def test_probes_see_the_language_of_a_text(saved: Path, model_folder: Path, tmp_
     command += ["--limit-texts", "12", "--levels", "-1", "--output", str(tmp_path)]
     assert main(command) == 0
     results = load_results(tmp_path).set_index(["sae", "metric"])["value"]
-    assert results["sae", "sae_test_accuracy"] > 0.75
+    assert results["sae", "sae_test_accuracy"] > 0.7
     assert results["model channels", "sae_top_1_standardized_test_accuracy"] > 0.7
     assert results["model channels", "sae_top_1_test_accuracy"] < 0.6  # chance, by SAEBench's rule
